@@ -1,0 +1,3 @@
+"""Pairwise Sample Optimization (PSO) for timestep-distilled diffusion models."""
+
+__version__ = "0.1.0"
