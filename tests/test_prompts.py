@@ -1,0 +1,66 @@
+"""Reading training prompts, and dealing them out to epochs."""
+
+import json
+from collections import Counter
+
+import pytest
+from datasets import Dataset
+
+from pso_utils.prompts import epoch_prompts, load_prompts
+
+
+def test_text_json_jsonl_and_datasets_give_the_same_prompts(tmp_path):
+    prompts = ["red panda", "apple", "café ☕"]
+    entries = [{"text": prompt, "id": index} for index, prompt in enumerate(prompts)]
+    contents = {
+        "prompts.txt": "\n".join(["", *prompts, "  "]),
+        "strings.json": json.dumps(prompts),
+        "objects.json": json.dumps(entries),
+        "columns.json": json.dumps({"text": prompts}),
+        "objects.jsonl": "\n".join(map(json.dumps, entries)) + "\n\n",
+        "strings.jsonl": "\n".join(map(json.dumps, prompts)),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert load_prompts(str(tmp_path / name)) == prompts, name
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(entries).to_parquet(tmp_path / "data" / "train.parquet")
+    dataset = load_prompts(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert dataset == prompts
+    assert load_prompts(str(tmp_path / "prompts.txt"), max_train_samples=2) == prompts[:2]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", "3", "must hold a list"),
+        ("a.jsonl", '"apple"\n{"caption": "pear"}', "entry 2 has no field 'text'; pass --caption_column, one of"),
+        ("a.jsonl", '"apple"\n{', "line 2 is not valid JSON"),
+        ("a.jsonl", '{"text": 3}', "a caption that is no string"),
+        ("a.txt", "\n \n", "has no prompts in it"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+    ],
+)
+def test_unreadable_prompts_are_a_clear_error(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(tmp_path / name))
+
+
+def test_a_missing_dataset_or_column_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="cannot load --dataset_name"):
+        load_prompts(dataset_name=str(tmp_path / "nowhere"))
+    Dataset.from_dict({"caption": ["apple"]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no column 'text'; pass --caption_column"):
+        load_prompts(dataset_name=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_every_pass_draws_every_prompt_once_in_another_order():
+    prompts = [str(index) for index in range(7)]
+    drawn = sum((epoch_prompts(prompts, 0, epoch, 5) for epoch in range(14)), [])  # ten passes
+    passes = [drawn[start : start + 7] for start in range(0, 70, 7)]
+    assert all(Counter(draws) == Counter(prompts) for draws in passes)
+    assert len({tuple(draws) for draws in passes}) == 10
+    assert epoch_prompts(prompts, 0, 2, 20) == drawn[40:60]
+    assert epoch_prompts(prompts, 1, 0, 7) != epoch_prompts(prompts, 0, 0, 7)
