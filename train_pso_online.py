@@ -180,9 +180,7 @@ UPDATE_METRICS = [
 ]
 
 
-def pair_log_probs(
-    schedule: Schedule, denoiser: training.Denoiser, pairs: Pairs, index: Tensor, column: int
-) -> Tensor:
+def pair_log_probs(schedule: Schedule, denoiser: training.Denoiser, pairs: Pairs, index: Tensor, column: int) -> Tensor:
     """Log-probabilities [2, b] of the targets and references of the pairs `index` [b], each at step_index[:, column].
 
     One UNet call: the b targets and the b references are one batch of 2b.
@@ -302,9 +300,7 @@ def run(args):
     training.initialize_grad_scaler(accelerator)
     log = training.start_logs(accelerator, args, "pso_online", state.global_step, resumed=checkpoint is not None)
     settings = {**training.deployment_settings(args, pipeline.scheduler), "guidance_scale": guidance_scale}
-    validate = validation.Validation(
-        args, accelerator, pipeline, prompts, settings, embed, decode, score, rewards, log
-    )
+    validate = validation.Validation(args, accelerator, pipeline, prompts, settings, embed, decode, score, rewards, log)
     if checkpoint is None:
         validate(state)
 

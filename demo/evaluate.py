@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from demo.measures import KINDS, Yardstick, to_pixels
@@ -115,12 +115,7 @@ def main(argv=None):
     results, scores, pictures = [], {}, {}
     for name, schedulers, steps_list in models(args, pipeline):
         for scheduler in schedulers:
-            if scheduler == "ddim":
-                pipeline.scheduler = DDIMScheduler.from_config(
-                    own_scheduler.config, timestep_spacing="trailing", clip_sample=False
-                )
-            else:
-                pipeline.scheduler = convert_scheduler(own_scheduler, scheduler)
+            pipeline.scheduler = convert_scheduler(own_scheduler, scheduler)  # the pipeline runs ddim with eta 0
             for steps in steps_list:
                 for kind in args.kind:
                     prompts = yardstick.prompts(kind, concepts)
@@ -147,7 +142,7 @@ def main(argv=None):
         for reward, gain in row.get("paired", {}).items():
             print(
                 f"{row['model']} {row['scheduler']} {row['steps']} {row['prompts']}: {reward} {gain['gain']:+.4f}, "
-                f"{gain['standard_errors']:.1f} paired standard errors, {gain['base_deviations']:.2f} deviations of the base"
+                f"{gain['standard_errors']:.1f} paired standard errors, {gain['base_deviations']:.2f} base deviations"
             )
 
 

@@ -3,7 +3,7 @@
 accelerate launch train_pso_online.py --reward demo.rewards:twemoji ...
 """
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from demo.recipe.common import STYLES, load_drawings
 
 
-@lru_cache(maxsize=None)
+@cache
 def drawings_of(style: str) -> dict[str, torch.Tensor]:
     """Maps each caption to the drawings [D, 3, 32, 32] in [-1, 1] that it describes: one for "red panda animal",
     every animal's for "animal", all for the empty caption."""

@@ -401,9 +401,7 @@ def import_reward(name: str) -> Reward:
 
 
 def _import_failure(name: str, module_name: str, error: BaseException) -> RewardError:
-    return RewardError(
-        f"reward '{name}': importing {module_name} failed: {type(error).__name__}: {_first_line(error)}"
-    )
+    return RewardError(f"reward '{name}': importing {module_name} failed: {type(error).__name__}: {_first_line(error)}")
 
 
 # ---- Scoring ----

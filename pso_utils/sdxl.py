@@ -183,9 +183,7 @@ def _read_weights(source: str, path: str) -> dict[str, torch.Tensor]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{source} cannot be read as weights alone; pass a .safetensors or .bin state dict"
-        ) from error
+        raise ValueError(f"{source} cannot be read as weights alone; pass a .safetensors or .bin state dict") from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"{source} holds no state dict of tensors; pass a .safetensors or .bin state dict")
     return state_dict
@@ -414,9 +412,7 @@ def decode_latents(pipeline, latents: torch.Tensor, batch_size: int = 4) -> list
         image = vae.decode(part, return_dict=False)[0]
         if not torch.isfinite(image).all():
             if not torch.isfinite(part).all():
-                reason = (
-                    "the UNet's latents are not finite: lower --learning_rate, or use --mixed_precision bf16 or no"
-                )
+                reason = "the UNet's latents are not finite: lower --learning_rate, or use --mixed_precision bf16 or no"
             else:
                 reason = (
                     f"the VAE overflows in {str(vae.dtype).removeprefix('torch.')}: use --mixed_precision bf16, or "
