@@ -12,14 +12,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pso_utils", "pso_utils.*"]),
+    # the lower bounds are versions that the tests passed with
     install_requires=[
-        "torch>=2.13",
-        "diffusers>=0.42",  # pipeline, schedulers, LoRA files
-        "transformers>=5.23",  # text encoders, CLIP rewards
-        "accelerate>=1.15",  # devices, processes, mixed precision, trackers
-        "peft>=0.21",  # LoRA layers
-        "datasets>=5.2",  # prompts from the hub or from files
-        "tensorboard>=2.20",  # the default of --report_to
+        "torch>=2.13.0",
+        "diffusers>=0.40.0",  # pipeline, schedulers, LoRA files; 0.39 has no `dtype`
+        "transformers>=5.5.4",  # text encoders, CLIP rewards
+        "accelerate>=1.12.0",  # devices, processes, mixed precision, trackers
+        "peft>=0.18.1",  # LoRA layers
+        "datasets>=4.4.0",  # prompts from the hub or from files
+        "tensorboard>=2.20.0",  # the default of --report_to
     ],
     extras_require={
         # 8-bit Adam and memory-efficient attention

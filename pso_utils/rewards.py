@@ -142,12 +142,8 @@ class CLIPReward:
     """
 
     def __init__(self, model: str, processor: str | None = None, cache_dir: str | None = None):
-        from transformers import AutoTokenizer, CLIPModel
-
-        try:  # transformers 5; its CLIPImageProcessor needs torchvision
-            from transformers import CLIPImageProcessorPil
-        except ImportError:
-            from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+        # not at the top: JPEG rewards and one's own do without; the Pil class, as CLIPImageProcessor needs torchvision
+        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
         processor = processor or model
         self.tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir)
@@ -187,16 +183,13 @@ class CLIPReward:
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         device = self.model.device
         pixel_values = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
-        image_embeds = self.model.get_image_features(pixel_values=pixel_values.to(device, torch.float32))
+        image_embeds = self.model.get_image_features(pixel_values=pixel_values.to(device, torch.float32)).pooler_output
 
         unique_prompts = list(dict.fromkeys(prompts))  # the samples of one prompt share its embedding
         tokens = self._tokenize(unique_prompts).to(device)
         text_embeds = self.model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        )
-        # transformers 5 returns an output object with the projected embedding, transformers 4 that embedding.
-        image_embeds = getattr(image_embeds, "pooler_output", image_embeds)
-        text_embeds = getattr(text_embeds, "pooler_output", text_embeds)
+        ).pooler_output
         prompt_index = torch.tensor([unique_prompts.index(prompt) for prompt in prompts], device=device)
         return F.cosine_similarity(image_embeds, text_embeds[prompt_index], dim=-1)
 

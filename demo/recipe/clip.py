@@ -8,7 +8,7 @@ from .common import DEMO, Drawings, learning_rate, load_drawings, set_learning_r
 from .teacher import MAX_TOKENS, train_tokenizer
 
 
-BATCH = 128
+BATCH, DEGRADED = 128, 32
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
@@ -39,7 +39,7 @@ def matches(drawings: Drawings, concept: torch.Tensor, by_class: torch.Tensor, c
 
 
 def main():
-    args = stage_arguments(__doc__, steps=1500)
+    args = stage_arguments(__doc__, steps=1200)
     drawings = load_drawings()
     tokenizer = train_tokenizer(drawings.captions + load_drawings("held_out").captions)
     kinds = [
@@ -51,6 +51,7 @@ def main():
 
     torch.manual_seed(0)
     model = new_clip(len(tokenizer))
+    model.set_attn_implementation("eager")  # twice as fast as the fused one in bfloat16 on a CPU
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.1)
 
     def update(step):
@@ -62,12 +63,12 @@ def main():
         images = images.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
         images = images + 0.1 * torch.rand(()) * torch.randn_like(images)
         with torch.autocast("cpu", torch.bfloat16):
-            image = model.get_image_features(torch.cat([images, degrade(images)])).pooler_output
+            image = model.get_image_features(torch.cat([images, degrade(images[:DEGRADED])])).pooler_output
             text = model.get_text_features(input_ids[by_class.long(), concept]).pooler_output
         logits = F.normalize(text.float(), dim=-1) @ F.normalize(image.float(), dim=-1).T * model.logit_scale.exp()
         target = matches(drawings, concept, by_class, class_ids)
         # a text must find its images among all, the degraded ones included; an image must find its texts
-        padded = F.pad(target / target.sum(1, keepdim=True), (0, BATCH))
+        padded = F.pad(target / target.sum(1, keepdim=True), (0, DEGRADED))
         loss = F.cross_entropy(logits, padded)
         loss = loss + F.cross_entropy(logits[:, :BATCH].T, (target / target.sum(0)).T)
         optimizer.zero_grad()
@@ -76,7 +77,7 @@ def main():
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=torch.tensor(100.0).log())
-        found = target.gather(1, logits.argmax(1, keepdim=True) % BATCH).mean()
+        found = padded.gather(1, logits.argmax(1, keepdim=True)).gt(0).float().mean()
         return {"loss": loss, "found": found, "degraded": (logits.argmax(1) >= BATCH).float().mean()}
 
     if train("clip", {"model": model, "optimizer": optimizer}, update, args.steps, args.max_minutes):

@@ -152,7 +152,7 @@ def load_model(name: str, vocab_size: int) -> DenoisingModel:
 
 
 def main():
-    args = stage_arguments(__doc__, steps=1800)
+    args = stage_arguments(__doc__, steps=3000)
     drawings = load_drawings()
     tokenizers = load_tokenizers(drawings)
     input_ids = tokenize_kinds(tokenizers, drawings)
