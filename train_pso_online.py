@@ -342,7 +342,10 @@ def run(args):
             "images_per_second": epoch_size * args.samples_per_prompt / (time.perf_counter() - start_time),
         }
         pairs = Pairs(*(tensor[pairs.tie == 0] for tensor in pairs))
-        training.count_tie_epochs(state, len(pairs.tie), args.max_tie_epochs)
+        if training.count_tie_epochs(state, len(pairs.tie)) >= args.max_tie_epochs:
+            if state.global_step > 0:
+                save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+            raise training.only_ties(state.tie_epochs)
 
         # Update
         groups = groups_of_pairs(args.seed, state.epoch, args.num_inner_epochs, len(pairs.tie), group_size)

@@ -67,7 +67,7 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
     add("--enable_vae_slicing", action="store_true", help="Decode images one by one.")
     add("--enable_vae_tiling", action="store_true", help="Decode images in tiles, for large resolutions.")
-    add("--vae_batch_size", type=positive_int, default=4, help="Images that the VAE decodes at once.")
+    add("--vae_batch_size", type=positive_int, default=1, help="Images that the VAE decodes at once.")
     add("--offload", action="store_true", help="Keep text encoders, VAE and reward models off the accelerator except "
         "where they are used.")  # fmt: skip
 

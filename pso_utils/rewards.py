@@ -446,6 +446,8 @@ def _score(name: str, reward: Reward, images: list[Image.Image], prompts: list[s
     wanted = f"it should return one finite number for each image, here a float tensor of shape [{len(images)}]"
     try:
         result = reward(images, prompts)
+    except torch.OutOfMemoryError:
+        raise  # no fault of the reward's
     except Exception as error:
         inner = error.__traceback__.tb_next  # the reward's own frame; None if the call itself failed
         where = f" ({os.path.basename(inner.tb_frame.f_code.co_filename)}:{inner.tb_lineno})" if inner else ""

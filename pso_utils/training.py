@@ -51,18 +51,29 @@ def one_line_errors(script: str) -> Iterator[None]:
     """Ends the program with `error: ...` on one line and exit code 2 for what the user can mend.
 
     That is a ValueError raised by this project's own code (`pso_utils` and the file `script`) or an OSError (no such
-    repository, disk full). Any other exception, and a ValueError from inside a library, keeps its traceback.
+    repository, disk full), or the accelerator out of memory. Any other exception, and a ValueError from inside a
+    library, keeps its traceback.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        ours = frame.f_globals.get("__name__", "").startswith("pso_utils") or frame.f_code.co_filename == script
-        if not (ours or isinstance(error, OSError)):
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = [
+            frame.f_globals.get("__name__", "").startswith("pso_utils") or frame.f_code.co_filename == script
+            for frame in frames
+        ]
+        if isinstance(error, ValueError) and not isinstance(error, OSError) and not ours[-1]:
             raise
+        message = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            where = [frame.f_code.co_name for frame, own in zip(frames, ours) if own][-1:]
+            message = (
+                f"out of memory in {''.join(where)}: make the batch sizes smaller, or pass --gradient_checkpointing,"
+                f" --offload, --enable_vae_tiling, --mixed_precision bf16 or fp16 ({message})"
+            )
         for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):  # the inner ones first
             bar.close()  # so that the message has a line of its own
-        print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+        print("error:", message, file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 
@@ -145,7 +156,7 @@ def checkpoint_to_resume(args) -> Path | None:
     if checkpoint is not None:
         lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
         check_checkpoint_lora(checkpoint, args.rank, lora_alpha, args.lora_target_modules)
-    elif any(Path(args.output_dir).glob("checkpoint-*/manifest.json")):
+    elif args.resume_from_checkpoint is None and any(Path(args.output_dir).glob("checkpoint-*[0-9]/manifest.json")):
         raise ValueError(
             f"--output_dir {args.output_dir} has the checkpoints of an earlier run: pass --resume_from_checkpoint"
             " latest to go on with it, or another --output_dir"
@@ -332,12 +343,13 @@ def optimizer_step(accelerator: Accelerator, optimizer, lr_scheduler, parameters
     An fp16 gradient that overflowed is skipped, by all processes alike, and the scale lowered.
 
     Raises:
-        ValueError: without a scaler, a gradient that is not finite.
+        ValueError: a gradient that is not finite, without a scaler or where no scale helps.
     """
     lr = lr_scheduler.get_last_lr()[0]
     grad_norm = float(accelerator.clip_grad_norm_(parameters, max_grad_norm))
     finite = grad_norm < float("inf")
-    if not finite and accelerator.scaler is None:
+    # A scale below 1: it is not the gradient that overflows but the forward pass, and every step would be skipped.
+    if not finite and (accelerator.scaler is None or accelerator.scaler.get_scale() < 1):
         raise ValueError(
             "the gradient is not finite: lower --learning_rate or --beta, or pass --mixed_precision no; the latest"
             " checkpoint is from before it"
@@ -394,18 +406,17 @@ def offloaded(function, device, offload: bool) -> Callable:
     return call
 
 
-def count_tie_epochs(state: TrainingState, num_pairs: int, max_tie_epochs: int):
-    """Counts epochs in a row without a pair.
-
-    Raises:
-        ValueError: there were `max_tie_epochs` of them.
-    """
+def count_tie_epochs(state: TrainingState, num_pairs: int) -> int:
+    """The number of epochs in a row, this one included, that had no pair."""
     state.tie_epochs = 0 if num_pairs else state.tie_epochs + 1
-    if state.tie_epochs >= max_tie_epochs:
-        raise ValueError(
-            f"{state.tie_epochs} epochs in a row had nothing but ties (--max_tie_epochs): the reward tells no samples"
-            " of a prompt apart; use another --reward or --reward_combination, or more --samples_per_prompt"
-        )
+    return state.tie_epochs
+
+
+def only_ties(tie_epochs: int) -> ValueError:
+    return ValueError(
+        f"{tie_epochs} epochs in a row had nothing but ties (--max_tie_epochs): the reward tells no samples of a prompt"
+        " apart; use another --reward or --reward_combination, or more --samples_per_prompt"
+    )
 
 
 def passed_multiple(interval: int, before: int, after: int) -> bool:

@@ -41,6 +41,12 @@ def ties(images, prompts):
 def all_ties(images, prompts):
     return torch.zeros(len(images))
 
+calls = []
+
+def ties_later(images, prompts):
+    calls.append(1)
+    return score(images, prompts) * (len(calls) <= 2)  # two batches make the first epoch
+
 def raises(images, prompts):
     raise RuntimeError("no network")
 
@@ -169,6 +175,14 @@ def test_ties_cost_no_unet_call_and_stop_the_run_after_some_epochs(flags, unet_c
     assert stop.value.code == 2
     assert unet_calls == [(False, True, 4)] * 16
     assert "nothing but ties" in capsys.readouterr().err
+
+
+def test_a_run_that_ties_stop_keeps_what_it_has_learned(flags):
+    folder = run(flags(max_train_steps=2))
+    with pytest.raises(SystemExit):
+        run(flags(reward="own_reward:ties_later", max_tie_epochs=1))
+    saved = weights(folder / "checkpoint-2")
+    assert all(value.abs().sum() > 0 for value in saved.values())
 
 
 def test_partial_groups_step_with_their_own_count(flags, unet_calls):
@@ -382,6 +396,15 @@ def test_a_new_run_does_not_write_over_the_checkpoints_of_an_earlier_one(flags, 
         run(flags(max_train_steps=2, checkpointing_steps=1))
     assert "--resume_from_checkpoint latest" in capsys.readouterr().err
     assert (folder / "checkpoint-2").is_dir()
+
+
+def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags):
+    folder = run(flags(max_train_steps=2, checkpointing_steps=2))
+    whole = weights(folder)
+    (folder / "checkpoint-2" / "optimizer.bin").unlink()
+    run(flags(max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest"))
+    assert all(torch.equal(value, whole[key]) for key, value in weights(folder).items())
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
 
 
 # ---- Processes and places ----

@@ -51,6 +51,16 @@ def test_a_gradient_of_zero_steps_with_a_scaler(fp16_accelerator):
     assert optimizer_step(fp16_accelerator, optimizer, lr_scheduler, [parameter], 1.0)["grad_norm"] == 0
 
 
+def test_an_overflow_that_no_scale_helps_stops_the_run(fp16_accelerator):
+    parameter, optimizer, lr_scheduler = build(fp16_accelerator)
+    initialize_grad_scaler(fp16_accelerator)
+    with pytest.raises(ValueError, match="not finite"):
+        for _ in range(12):  # 1024 halves to below 1
+            parameter.grad = torch.full((3,), float("nan"))
+            optimizer_step(fp16_accelerator, optimizer, lr_scheduler, [parameter], 1.0)
+    assert torch.equal(parameter, torch.ones(3))
+
+
 def test_without_a_scaler_a_gradient_that_is_not_finite_stops_the_run(accelerator):
     parameter, optimizer, lr_scheduler = build(accelerator)
     parameter.grad = torch.full((3,), float("nan"))
