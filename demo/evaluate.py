@@ -93,7 +93,7 @@ def models(args, pipeline):
 
 def table(results: list[dict]) -> str:
     columns = ["model", "scheduler", "steps", "prompts", "distance", "sharpness", "blurred", *ARTISTS, "clip"]
-    columns += ["twemoji", "diversity"]
+    columns += ["twemoji reward", "diversity"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in results:
         cells = [row.get(column, "") for column in columns]
@@ -122,7 +122,7 @@ def main(argv=None):
                     images = draw(pipeline, prompts, steps, args.seed)
                     measures = yardstick.measure(to_pixels(images), kind, concepts)
                     cell = (scheduler, steps, kind)
-                    rewards = {"clip": clip(images, prompts)[0], "twemoji": twemoji(images, prompts)}
+                    rewards = {"clip": clip(images, prompts)[0], "twemoji reward": twemoji(images, prompts)}
                     scores[name, *cell] = rewards
                     row = {"model": name, "scheduler": scheduler, "steps": steps, "prompts": kind}
                     row |= {"distance": measures.distance.mean().item(), "sharpness": measures.sharpness}
