@@ -97,3 +97,8 @@ def tiny_pipeline_dir(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny-sdxl")
     build_pipeline().save_pretrained(folder)
     return str(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """Fast tests first: what trains for long runs after all others."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)

@@ -337,6 +337,7 @@ for place in PLACES:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path):
     values = default_flags(tiny_pipeline_dir, workspace, None) | {
         "max_train_steps": 7,
@@ -410,6 +411,7 @@ def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags)
 # ---- Processes and places ----
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp_path, monkeypatch):
     """Within 1e-3 of the loss and 2% of the weights' distance: the batches of a UNet call differ, so rounding does."""
     monkeypatch.chdir(workspace)
