@@ -109,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--solver_batches", type=int, default=30, help=f"Each of 2 x {SOLVER_BATCH} solutions.")
     parser.add_argument("--regression_steps", type=int, default=800)
-    parser.add_argument("--adversarial_steps", type=int, default=1500)
+    parser.add_argument("--adversarial_steps", type=int, default=1300)
     parser.add_argument("--max_minutes", type=float, default=float("inf"), help="Time budget of each training.")
     args = parser.parse_args()
 
