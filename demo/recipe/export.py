@@ -26,6 +26,7 @@ def main():
         scheduler=LCMScheduler(original_inference_steps=1000),
         add_watermarker=False,
     )
+    pipeline.vae.register_to_config(_name_or_path="")  # else the path that it was built at
     pipeline.save_pretrained(DEMO / "emoji-turbo")
     teacher.unet.to(torch.float16).save_pretrained(DEMO / "emoji-teacher")
     captions = sorted(drawings.captions) + sorted(set(drawings.classes))
