@@ -12,7 +12,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pso_utils", "pso_utils.*"]),
-    # the lower bounds are versions that the tests passed with
+    # with the lower bounds together, all tests passed but those of the whole script and of the demo, which were not run
     install_requires=[
         "torch>=2.13.0",
         "diffusers>=0.40.0",  # pipeline, schedulers, LoRA files; 0.39 has no `dtype`
