@@ -1,4 +1,4 @@
-"""The online PSO loss as a pure function of log-ratios."""
+"""The PSO losses as pure functions: online of log-ratios, offline of denoising errors."""
 
 import math
 from typing import NamedTuple
@@ -6,6 +6,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+# An offline pair is reported as saturated where the sigmoid leaves less than this share of the gradient.
+SATURATION = 0.1
 
 
 class OnlinePSOLoss(NamedTuple):
@@ -50,13 +54,7 @@ def online_pso_loss(
     Raises:
         ValueError: the log-ratios are not two vectors of one length, or `beta` or `clip_range` is out of range.
     """
-    if target_log_ratio.ndim != 1 or target_log_ratio.shape != reference_log_ratio.shape:
-        raise ValueError(
-            "log-ratios must be two vectors of one length [B], not "
-            f"{list(target_log_ratio.shape)} and {list(reference_log_ratio.shape)}"
-        )
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta must be a positive number, not {beta}")
+    _check_pair("log-ratios", target_log_ratio, reference_log_ratio, beta)
     if not 0 < clip_range < 1:
         raise ValueError(f"clip_range must lie between 0 and 1, not {clip_range}")
 
@@ -82,3 +80,142 @@ def online_pso_loss(
             reference_clipped_high=reference_high.float(),
             has_gradient=~((target_low | target_high) & (reference_low | reference_high)),
         )
+
+
+def denoising_error(original_sample: Tensor, pred_original_sample: Tensor, weight: Tensor) -> Tensor:
+    r"""d(x0) = w(t) * mean over dimensions of (x0 - f(x_t, t, c))^2: `[B]`, in float32 whatever the inputs' dtype.
+
+    Args:
+        original_sample, pred_original_sample: `[B, ...]`, the clean latents x0 and the predicted ones f.
+        weight: `[B]`, w(t), as from `mdp.forward_weight`.
+
+    Raises:
+        ValueError: the latents differ in shape or have no dimension but B, or `weight` is not `[B]`.
+    """
+    if original_sample.ndim < 2 or original_sample.shape != pred_original_sample.shape:
+        raise ValueError(
+            "latents must be two tensors of one shape [B, ...], not "
+            f"{list(original_sample.shape)} and {list(pred_original_sample.shape)}"
+        )
+    if weight.shape != original_sample.shape[:1]:
+        raise ValueError(f"weight must be a vector [{len(original_sample)}], not {list(weight.shape)}")
+    squared_error = (original_sample.float() - pred_original_sample.float()) ** 2
+    return weight.float() * squared_error.flatten(1).mean(1)
+
+
+class OfflinePSOLoss(NamedTuple):
+    """Loss of each pair and its diagnostics; all `[B]`, float32.
+
+    Attributes:
+        loss: differentiable, not reduced.
+        pair_accuracy: 1 where the target gained more, 0 where the reference did, 0.5 where they are equal (as before
+            the first update).
+        saturated: 1 where sigmoid(-beta * (target gain - reference gain)), the factor that the sigmoid loss leaves of
+            the gradient, is below `SATURATION`.
+        anchored: 1 where the target anchor is active: its weight is above 0 and the target's error has grown.
+    """
+
+    loss: Tensor
+    pair_accuracy: Tensor
+    saturated: Tensor
+    anchored: Tensor
+
+
+def offline_pso_loss(
+    target_gain: Tensor, reference_gain: Tensor, beta: float, target_anchor: float = 0.0
+) -> OfflinePSOLoss:
+    r"""Offline PSO loss of one noise level of each pair, in float32 whatever the inputs' dtype.
+
+        gain = d_ref(x0) - d_theta(x0)
+        loss = -log sigmoid(beta * (gain(target) - gain(reference))) + target_anchor * relu(-gain(target))
+
+    Diffusion-DPO (arXiv 2311.12908) is the case of errors in epsilon space at uniform timesteps, with beta half of its
+    own. The target anchor keeps the target's own error from growing while the difference of the gains does.
+
+    Args:
+        target_gain: `[B]`, by how much the model's error on the preferred samples is below the reference model's.
+        reference_gain: `[B]`, the same of the samples that they were preferred to.
+        beta: strength of the preference, in units of 1 / error; the larger, the sooner a pair saturates.
+        target_anchor: weight of the anchor, in the same units; 0 is none, beta / 2 a strong one.
+
+    Raises:
+        ValueError: the gains are not two vectors of one length, `beta` is not a positive number, or `target_anchor`
+            is negative or not finite.
+    """
+    _check_pair("gains", target_gain, reference_gain, beta)
+    _check_not_negative(target_anchor=target_anchor)
+
+    target_gain, reference_gain = target_gain.float(), reference_gain.float()
+    margin = beta * (target_gain - reference_gain)
+    loss = -F.logsigmoid(margin) + target_anchor * F.relu(-target_gain)
+    with torch.no_grad():
+        return OfflinePSOLoss(
+            loss=loss,
+            pair_accuracy=(1 + torch.sign(target_gain - reference_gain)) / 2,
+            saturated=(torch.sigmoid(-margin) < SATURATION).float(),
+            anchored=(target_anchor * target_gain < 0).float(),
+        )
+
+
+class HingePSOLoss(NamedTuple):
+    """Loss of each pair and its diagnostics; all `[B]`, float32.
+
+    Attributes:
+        loss: differentiable, not reduced.
+        pair_accuracy: 1 where the target's error is the smaller, 0 where the reference's is, 0.5 where they are equal.
+        active: 1 where the hinge is above 0, and so has a gradient.
+    """
+
+    loss: Tensor
+    pair_accuracy: Tensor
+    active: Tensor
+
+
+def hinge_pso_loss(
+    target_error: Tensor, reference_error: Tensor, beta: float, reference_weight: float, prior_loss_weight: float
+) -> HingePSOLoss:
+    r"""The reference-free hinge of concept customization, in float32 whatever the inputs' dtype.
+
+        loss = relu(1 - beta * (reference_weight * d(reference) - d(target))) + prior_loss_weight * d(reference)
+
+    While the hinge is active, the gradient raises the reference's error only if beta * reference_weight is above
+    prior_loss_weight; where they are equal, it is plain regression onto the target.
+
+    Args:
+        target_error: `[B]`, d_theta of the target samples.
+        reference_error: `[B]`, d_theta of the reference samples.
+        beta: strength of the hinge, in units of 1 / error.
+        reference_weight: the reference's share in the hinge.
+        prior_loss_weight: weight of the regression onto the reference samples, in units of 1 / error.
+
+    Raises:
+        ValueError: the errors are not two vectors of one length, `beta` is not a positive number, or a weight is
+            negative or not finite.
+    """
+    _check_pair("errors", target_error, reference_error, beta)
+    _check_not_negative(reference_weight=reference_weight, prior_loss_weight=prior_loss_weight)
+
+    target_error, reference_error = target_error.float(), reference_error.float()
+    hinge = F.relu(1 - beta * (reference_weight * reference_error - target_error))
+    loss = hinge + prior_loss_weight * reference_error
+    with torch.no_grad():
+        return HingePSOLoss(
+            loss=loss,
+            pair_accuracy=(1 + torch.sign(reference_error - target_error)) / 2,
+            active=(hinge > 0).float(),
+        )
+
+
+def _check_pair(name: str, target: Tensor, reference: Tensor, beta: float):
+    if target.ndim != 1 or target.shape != reference.shape:
+        raise ValueError(
+            f"{name} must be two vectors of one length [B], not {list(target.shape)} and {list(reference.shape)}"
+        )
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be a positive number, not {beta}")
+
+
+def _check_not_negative(**values: float):
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} must be a number of at least 0, not {value}")

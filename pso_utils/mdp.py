@@ -1,4 +1,5 @@
-"""The few-step sampler as a Markov decision process: the Gaussian transitions of diffusers' schedulers.
+"""The few-step sampler as a Markov decision process: the Gaussian transitions of diffusers' schedulers, and the
+forward process at the noise levels of their steps.
 
 State (c, t_n, x_n), action x_{n-1}, policy p(x_{n-1} | x_n, c) = Normal(mean_n, std_n^2 I), as pure functions of a
 `Schedule`: a private copy of the pipeline's scheduler, since one that a pipeline runs carries state (`begin_index`).
@@ -6,7 +7,8 @@ The arithmetic follows each scheduler's `step` operation by operation: on CPU in
 the pipeline's.
 
 To add a scheduler, name it in `SCHEDULERS` and register one function with `_transition`. (Where they apply: register
-one with `_scale_model_input` too if the UNet's input is scaled; enter `DEFAULT_ETA` if `step` takes an eta.)
+one with `_scale_model_input` too if the UNet's input is scaled, with `_noise_levels` and `_predict` if it is not
+variance preserving, with `_clip` if `step` ignores clip_sample; enter `DEFAULT_ETA` if `step` takes an eta.)
 """
 
 import hashlib
@@ -192,6 +194,135 @@ def transition(schedule: Schedule, model_output: Tensor, sample: Tensor, step_in
     return _transition(schedule.scheduler, schedule, model_output.float(), sample.float(), step_index)
 
 
+def noise_levels(schedule: Schedule, step_index: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of x_t = alpha x0 + sigma eps at steps `step_index` [B] (long, 0 is the first); each [B],
+    float32: sqrt(alphas_cumprod[t]) and sqrt(1 - alphas_cumprod[t]), or for the Euler family 1 and sigmas[n]."""
+    return _noise_levels(schedule.scheduler, schedule, step_index)
+
+
+def add_noise(schedule: Schedule, original_sample: Tensor, noise: Tensor, step_index: Tensor) -> Tensor:
+    """The scheduler's `add_noise`: the latents [B, C, H, W] at steps `step_index` [B] of the clean latents
+    `original_sample` and standard normal `noise` (both [B, C, H, W]), float32. To be scaled by `scale_model_input`."""
+    alpha, sigma = (_per_sample(level, original_sample) for level in noise_levels(schedule, step_index))
+    return alpha * original_sample.float() + sigma * noise.float()
+
+
+def predict_original_sample(schedule: Schedule, model_output: Tensor, sample: Tensor, step_index: Tensor) -> Tensor:
+    """The predicted clean latents f(x_t, t, c) [B, C, H, W], float32, whatever the UNet predicts; arguments as in
+    `transition`. diffusers' `pred_original_sample`, clipped where the scheduler clips; LCM's is without the boundary
+    scalings (`transition` returns it with them)."""
+    return _predict(schedule.scheduler, schedule, model_output.float(), sample.float(), step_index)[0]
+
+
+def mean_gain(schedule: Schedule, step_index: Tensor) -> Tensor:
+    """c_n = d mean_n / d x0 of the transitions at steps `step_index` [B]; [B], float32. The predicted clean latents x0
+    move the mean through the predicted noise too; where the scheduler clips, this is the gain within the limits."""
+    return _response(schedule, step_index)[0]
+
+
+def transition_std(schedule: Schedule, step_index: Tensor) -> Tensor:
+    """std_n of the transitions at steps `step_index` [B]; [B], float32."""
+    return _response(schedule, step_index)[1]
+
+
+def _response(schedule, step_index) -> tuple[Tensor, Tensor]:
+    """d mean / d x0 and std, each [B]. Both mean and x0 are linear in (sample, model output), so that at sample 0 the
+    ratio is the derivative. The output is too small for any clipping; a power of two, it costs no precision."""
+    sample = torch.zeros(len(step_index), 1, device=step_index.device)
+    model_output = torch.full_like(sample, 2.0**-30)
+    mean, std, _ = transition(schedule, model_output, sample, step_index)
+    return (mean / predict_original_sample(schedule, model_output, sample, step_index)).flatten(), std.flatten()
+
+
+class Weighting(NamedTuple):
+    """The weight of the squared error of x0: (schedule, step_index [B]) -> [B], float32. With `needs_density` it exists
+    only where the transition has a std above 0, and never for the last step (by position)."""
+
+    weight: Callable[[Schedule, Tensor], Tensor]
+    needs_density: bool = False
+
+
+def _epsilon_weight(schedule, step_index):
+    """(alpha / sigma)^2: the squared error of the predicted noise."""
+    alpha, sigma = noise_levels(schedule, step_index)
+    return (alpha / sigma) ** 2
+
+
+def _x0_weight(schedule, step_index):
+    return torch.ones_like(step_index, dtype=torch.float32)
+
+
+def _mdp_weight(schedule, step_index):
+    """c_n^2 / (2 std_n^2): the KL divergence of the model's transition from the one towards the data."""
+    gain, std = _response(schedule, step_index)
+    return gain**2 / (2 * std**2)
+
+
+WEIGHTINGS: dict[str, Weighting] = {
+    "epsilon": Weighting(_epsilon_weight),
+    "x0": Weighting(_x0_weight),
+    "mdp": Weighting(_mdp_weight, needs_density=True),
+}
+
+
+def forward_weight(schedule: Schedule, step_index: Tensor, weighting: str) -> Tensor:
+    """w(t) [B], float32, at steps `step_index` [B] below `num_weighted_steps`; `weighting` is a key of `WEIGHTINGS`."""
+    return WEIGHTINGS[weighting].weight(schedule, step_index)
+
+
+def num_weighted_steps(schedule: Schedule, weighting: str) -> int:
+    """How many of the schedule's steps, from the first, `weighting` may draw: all, or all but the last."""
+    return schedule.num_steps - WEIGHTINGS[weighting].needs_density
+
+
+@torch.no_grad()
+def check_weighting(schedule: Schedule, weighting: str):
+    """Raises ValueError, in one line that says what to pass instead, for an unknown `weighting` and for one that needs
+    a density where a step below `num_weighted_steps` has none, or there is no such step."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}: pass one of {', '.join(WEIGHTINGS)} (--weighting)")
+    if not WEIGHTINGS[weighting].needs_density:
+        return
+    remedy = "pass --weighting " + " or ".join(key for key, value in WEIGHTINGS.items() if not value.needs_density)
+    steps = num_weighted_steps(schedule, weighting)
+    if steps < 1:
+        raise ValueError(f"--weighting {weighting} needs a step before the last: {remedy}, or at least 2 steps")
+    std = transition_std(schedule, torch.arange(steps, device=schedule.timesteps.device)).tolist()
+    silent = [timestep for timestep, value in zip(schedule.timesteps.tolist(), std) if value <= 0]
+    if silent:
+        name = type(schedule.scheduler).__name__
+        other = "an eta above 0 (--eta)" if schedule.eta == 0 else "timesteps that end above 0"
+        raise ValueError(
+            f"--weighting {weighting} needs noise after every step but the last, and {name} adds none after timestep "
+            f"{silent[0]}: {remedy}, or {other}"
+        )
+
+
+class DiffusionInputs(NamedTuple):
+    """What the plain diffusion loss mean((UNet(model_input, timesteps) - target)^2) takes: model_input and target
+    [B, C, H, W], float32; timesteps [B], in the schedule's dtype."""
+
+    model_input: Tensor
+    timesteps: Tensor
+    target: Tensor
+
+
+def diffusion_inputs(schedule: Schedule, original_sample: Tensor, noise: Tensor, timesteps: Tensor) -> DiffusionInputs:
+    """The inputs of the plain diffusion loss at `timesteps` [B], long, of all training timesteps (not only the
+    schedule's), for clean latents and standard normal noise [B, C, H, W]. The target is what the model predicts: the
+    noise, the velocity alpha eps - sigma x0, or the clean latents. The Euler family's input, (x0 + s eps) /
+    sqrt(s^2 + 1) with s = sigma / alpha, is the variance-preserving one, alpha x0 + sigma eps."""
+    scheduler, original_sample, noise = schedule.scheduler, original_sample.float(), noise.float()
+    alpha_prod = _per_sample(scheduler.alphas_cumprod[timesteps], original_sample)
+    alpha, sigma = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+    targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * original_sample, "sample": original_sample}
+    return DiffusionInputs(
+        model_input=alpha * original_sample + sigma * noise,
+        timesteps=timesteps.to(schedule.timesteps.dtype),
+        target=targets[scheduler.config.prediction_type],  # make_schedule has refused every other type
+    )
+
+
 @singledispatch
 def _scale_model_input(scheduler, sample, step_index):
     return sample
@@ -221,8 +352,8 @@ def _(scheduler, schedule, model_output, sample, step_index):
     c_skip = sigma_data**2 / (scaled_timestep**2 + sigma_data**2)
     c_out = scaled_timestep / (scaled_timestep**2 + sigma_data**2) ** 0.5
 
-    pred_original_sample, _ = _predict(scheduler, model_output, sample, timestep)
-    denoised = c_out * _clip(scheduler, pred_original_sample) + c_skip * sample
+    pred_original_sample, _ = _predict(scheduler, schedule, model_output, sample, step_index)
+    denoised = c_out * pred_original_sample + c_skip * sample
     mean = torch.where(is_last, 1.0, alpha_prod_prev.sqrt()) * denoised
     std = torch.where(is_last, 0.0, (1 - alpha_prod_prev).sqrt())
     return Transition(mean, std, denoised)
@@ -230,8 +361,7 @@ def _(scheduler, schedule, model_output, sample, step_index):
 
 @_transition.register(TCDScheduler)
 def _(scheduler, schedule, model_output, sample, step_index):
-    """TCDScheduler.step: to s = floor((1 - eta) t_{n-1}) by DDIM's rule, then up to t_{n-1} with fresh noise. Like it,
-    this never clips."""
+    """TCDScheduler.step: to s = floor((1 - eta) t_{n-1}) by DDIM's rule, then up to t_{n-1} with fresh noise."""
     is_last = _per_sample(step_index == schedule.num_steps - 1, sample)
     next_timesteps = torch.cat([schedule.timesteps[1:], torch.zeros_like(schedule.timesteps[:1])])
     prev_timestep = next_timesteps[step_index]
@@ -239,7 +369,7 @@ def _(scheduler, schedule, model_output, sample, step_index):
     alpha_prod_s = _per_sample(scheduler.alphas_cumprod[timestep_s], sample)
     alpha_ratio = _per_sample(scheduler.alphas_cumprod[prev_timestep], sample) / alpha_prod_s
 
-    pred_original_sample, pred_epsilon = _predict(scheduler, model_output, sample, schedule.timesteps[step_index])
+    pred_original_sample, pred_epsilon = _predict(scheduler, schedule, model_output, sample, step_index)
     pred_noised_sample = alpha_prod_s.sqrt() * pred_original_sample + (1 - alpha_prod_s).sqrt() * pred_epsilon
     mean = torch.where(is_last, 1.0, alpha_ratio.sqrt()) * pred_noised_sample
     std = torch.where(is_last, 0.0, (1 - alpha_ratio).sqrt())
@@ -257,8 +387,7 @@ def _(scheduler, schedule, model_output, sample, step_index):
     alpha_prod_prev = _per_sample(alphas_cumprod_prev, sample)
     alpha_prod = _per_sample(scheduler.alphas_cumprod[timestep], sample)
 
-    pred_original_sample, pred_epsilon = _predict(scheduler, model_output, sample, timestep)
-    pred_original_sample = _clip(scheduler, pred_original_sample)  # pred_epsilon is left as it was, as in diffusers
+    pred_original_sample, pred_epsilon = _predict(scheduler, schedule, model_output, sample, step_index)
     variance = ((1 - alpha_prod_prev) / (1 - alpha_prod)) * (1 - alpha_prod / alpha_prod_prev)
     std = schedule.eta * variance**0.5
     pred_sample_direction = (1 - alpha_prod_prev - std**2) ** 0.5 * pred_epsilon
@@ -271,21 +400,11 @@ def _(scheduler, schedule, model_output, sample, step_index):
 def _(scheduler, schedule, model_output, sample, step_index):
     """EulerAncestralDiscreteScheduler.step, in sigma space. EulerDiscreteScheduler is deterministic: it is sampled as
     its ancestral counterpart over its own sigmas."""
-    prediction_type = scheduler.config.prediction_type
     sigma = _per_sample(scheduler.sigmas[step_index], sample)
     sigma_to = _per_sample(scheduler.sigmas[step_index + 1], sample)
-    if prediction_type == "epsilon":
-        pred_original_sample = sample - sigma * model_output
-    elif prediction_type == "v_prediction":
-        pred_original_sample = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + (sample / (sigma**2 + 1))
-    elif prediction_type == "sample" and isinstance(scheduler, EulerDiscreteScheduler):
-        pred_original_sample = model_output
-    else:
-        raise _unknown_prediction_type(scheduler)
-
+    pred_original_sample, derivative = _predict(scheduler, schedule, model_output, sample, step_index)
     sigma_up = (sigma_to**2 * (sigma**2 - sigma_to**2) / sigma**2) ** 0.5
     sigma_down = (sigma_to**2 - sigma_up**2) ** 0.5
-    derivative = (sample - pred_original_sample) / sigma
     return Transition(sample + derivative * (sigma_down - sigma), sigma_up, pred_original_sample)
 
 
@@ -294,23 +413,61 @@ def _per_sample(values: Tensor, sample: Tensor) -> Tensor:
     return values.view(-1, *[1] * (sample.ndim - 1))
 
 
-def _predict(scheduler, model_output, sample, timestep) -> tuple[Tensor, Tensor]:
-    """Predicted clean latents and noise of a variance-preserving scheduler, as in DDIMScheduler.step."""
-    alpha_prod = _per_sample(scheduler.alphas_cumprod[timestep], sample)
-    alpha, sigma = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+@singledispatch
+def _noise_levels(scheduler, schedule, step_index) -> tuple[Tensor, Tensor]:
+    alpha_prod = scheduler.alphas_cumprod[schedule.timesteps[step_index]]
+    return alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
+
+
+@_noise_levels.register(EulerDiscreteScheduler)
+@_noise_levels.register(EulerAncestralDiscreteScheduler)
+def _(scheduler, schedule, step_index):
+    sigma = scheduler.sigmas[step_index]
+    return torch.ones_like(sigma), sigma
+
+
+@singledispatch
+def _predict(scheduler, schedule, model_output, sample, step_index) -> tuple[Tensor, Tensor]:
+    """Predicted clean latents and noise of a variance-preserving scheduler, as in DDIMScheduler.step: clipping leaves
+    the noise as it was."""
+    alpha, sigma = (_per_sample(level, sample) for level in _noise_levels(scheduler, schedule, step_index))
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":
-        return (sample - sigma * model_output) / alpha, model_output
+        return _clip(scheduler, (sample - sigma * model_output) / alpha), model_output
     if prediction_type == "v_prediction":
-        return alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
+        pred_epsilon = alpha * model_output + sigma * sample
+        return _clip(scheduler, alpha * sample - sigma * model_output), pred_epsilon
     if prediction_type == "sample":
-        return model_output, (sample - alpha * model_output) / sigma
+        return _clip(scheduler, model_output), (sample - alpha * model_output) / sigma
     raise _unknown_prediction_type(scheduler)
 
 
+@_predict.register(EulerDiscreteScheduler)
+@_predict.register(EulerAncestralDiscreteScheduler)
+def _(scheduler, schedule, model_output, sample, step_index):
+    """As in EulerDiscreteScheduler.step. The predicted noise is its `derivative`."""
+    prediction_type = scheduler.config.prediction_type
+    sigma = _per_sample(scheduler.sigmas[step_index], sample)
+    if prediction_type == "epsilon":
+        pred_original_sample = sample - sigma * model_output
+    elif prediction_type == "v_prediction":
+        pred_original_sample = model_output * (-sigma / (sigma**2 + 1) ** 0.5) + (sample / (sigma**2 + 1))
+    elif prediction_type == "sample" and isinstance(scheduler, EulerDiscreteScheduler):
+        pred_original_sample = model_output
+    else:
+        raise _unknown_prediction_type(scheduler)
+    return pred_original_sample, (sample - pred_original_sample) / sigma
+
+
+@singledispatch
 def _clip(scheduler, pred_original_sample):
     limit = scheduler.config.clip_sample_range
     return pred_original_sample.clamp(-limit, limit) if scheduler.config.clip_sample else pred_original_sample
+
+
+@_clip.register(TCDScheduler)
+def _(scheduler, pred_original_sample):
+    return pred_original_sample  # TCD has a clip_sample in its config and never reads it
 
 
 def _unknown_prediction_type(scheduler):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -20,14 +21,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pso_utils.mdp import (
     DEFAULT_ETA,
     SCHEDULERS,
+    WEIGHTINGS,
     Schedule,
+    add_noise,
+    check_weighting,
     convert_scheduler,
+    diffusion_inputs,
+    forward_weight,
     gaussian_log_prob,
     keyed_noise,
     make_schedule,
+    mean_gain,
+    noise_levels,
+    num_weighted_steps,
+    predict_original_sample,
     sample_trajectory,
     scale_model_input,
     transition,
+    transition_std,
 )
 
 
@@ -88,6 +99,15 @@ DEPLOYED = [
     (DDIMScheduler, "epsilon", {**TRAILING, "clip_sample": False}, {"eta": 0.0, "stochastic": False}),
     (DDIMScheduler, "sample", TRAILING, {"num_inference_steps": 1, "stochastic": False}),
 ]
+# Every step count, with every eta where there is one: what offline training takes.
+OFFLINE = [
+    (scheduler_class, prediction_type, config, {"num_inference_steps": steps, "stochastic": False, **eta})
+    for scheduler_class, prediction_type, config, _ in MATRIX
+    for steps in (1, 2, 4, 8)
+    for eta in ([{"eta": 0.0}, {"eta": 0.4}, {"eta": 1.0}] if scheduler_class in DEFAULT_ETA else [{}])
+]
+# For what does not depend on eta.
+FORWARD = [case for case in OFFLINE if not case[3].get("eta")] + VARIANTS
 
 
 def name_case(value):
@@ -108,6 +128,60 @@ def with_steps(settings: dict) -> dict:
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + index) for index in range(count)]
+
+
+def fresh(scheduler, settings: dict):
+    """A scheduler like `scheduler` that nothing has run, with its timesteps set."""
+    scheduler = type(scheduler).from_config(scheduler.config)
+    steps = {key: value for key, value in with_steps(settings).items() if key in ("timesteps", "num_inference_steps")}
+    scheduler.set_timesteps(**steps)
+    return scheduler
+
+
+def column(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None, None]
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def perfect_output(schedule, clean, noise, step_index):
+    """What a model that knows the clean latents returns."""
+    alpha_prod = column(schedule.scheduler.alphas_cumprod[schedule.timesteps[step_index].long()])
+    velocity = alpha_prod.sqrt() * noise - (1 - alpha_prod).sqrt() * clean
+    outputs = {"epsilon": noise, "v_prediction": velocity, "sample": clean}
+    return outputs[schedule.scheduler.config.prediction_type]
+
+
+def closed_forms(schedule) -> dict[str, torch.Tensor]:
+    """The method page's figures of every step, each [N], in float64: alpha and sigma of the forward process, gain (c_n)
+    and std of the transition."""
+    scheduler, eta, last = schedule.scheduler, schedule.eta, schedule.num_steps - 1
+    rows = []
+    for step in range(schedule.num_steps):
+        if hasattr(scheduler, "sigmas"):
+            s, s_next = scheduler.sigmas[step : step + 2].double().tolist()
+            rows.append((1.0, s, 1 - s_next**2 / s**2, math.sqrt(s_next**2 * (s**2 - s_next**2) / s**2)))
+            continue
+        level = scheduler.alphas_cumprod.double().tolist()
+        t, t_next = int(schedule.timesteps[step]), int(schedule.timesteps[min(step + 1, last)])
+        alpha, sigma = math.sqrt(level[t]), math.sqrt(1 - level[t])
+        if isinstance(scheduler, LCMScheduler):
+            gain, std = (1.0, 0.0) if step == last else (math.sqrt(level[t_next]), math.sqrt(1 - level[t_next]))
+        elif isinstance(scheduler, TCDScheduler):
+            t_next = 0 if step == last else t_next
+            at_s = level[math.floor((1 - eta) * t_next)]
+            ratio = 1.0 if step == last else level[t_next] / at_s
+            gain = math.sqrt(ratio) * (math.sqrt(at_s) - math.sqrt(1 - at_s) * alpha / sigma)
+            std = math.sqrt(1 - ratio)
+        else:
+            previous = t - 1000 // schedule.num_steps
+            previous = level[previous] if previous >= 0 else float(scheduler.final_alpha_cumprod)
+            std = eta * math.sqrt((1 - previous) / (1 - level[t]) * (1 - level[t] / previous))
+            gain = math.sqrt(previous) - math.sqrt(1 - previous - std**2) * alpha / sigma
+        rows.append((alpha, sigma, gain, std))
+    return dict(zip(("alpha", "sigma", "gain", "std"), torch.tensor(rows, dtype=torch.float64).T))
 
 
 def ancestral(scheduler):
@@ -194,31 +268,34 @@ def test_transition_is_the_schedulers_step(scheduler_class, prediction_type, con
     assert (std[step_index < schedule.num_steps - 1] > 0).all()
 
     for row, step in enumerate(step_index.tolist()):
-        fresh = ancestral(type(scheduler).from_config(scheduler.config))
-        steps = {"timesteps": settings["timesteps"]} if "timesteps" in settings else {}
-        fresh.set_timesteps(**(steps or {"num_inference_steps": schedule.num_steps}))
-        timestep, current = fresh.timesteps[step], sample[row : row + 1]
+        stepper = fresh(ancestral(scheduler), settings)
+        timestep, current = stepper.timesteps[step], sample[row : row + 1]
         assert torch.equal(schedule.timesteps[step], timestep)
-        assert torch.equal(model_input[row : row + 1], fresh.scale_model_input(current, timestep))
+        assert torch.equal(model_input[row : row + 1], stepper.scale_model_input(current, timestep))
         eta = {} if schedule.eta is None else {"eta": schedule.eta}
         arguments = (model_output[row : row + 1], timestep, current)
-        expected = fresh.step(*arguments, **eta, generator=generators(1)[0], return_dict=False)[0]
+        expected = stepper.step(*arguments, **eta, generator=generators(1)[0], return_dict=False)[0]
         noise = torch.randn(1, 4, 8, 8, generator=generators(1)[0])
         assert torch.equal(mean[row : row + 1] + std[row : row + 1] * noise, expected)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedule_and_pipeline_leave_each_other_alone(pipeline, conditions, name):
-    """A scheduler that a pipeline has run gives the same schedule, and is not changed by it."""
+    """A scheduler that a pipeline has run gives the same schedule, and is not changed by it. (The Euler family's own
+    add_noise then ignores its timesteps.)"""
     scheduler = convert_scheduler(LCMScheduler(**BETAS), name)
     schedule = make_schedule(scheduler, 4)
     denoise, noise = make_denoise(pipeline, conditions), same_draws(4)
     before = sample_trajectory(schedule, denoise, noise)
+    forward = draw(4, seed=1), draw(4, seed=2), torch.tensor([3, 1, 0, 2])
+    noisy = add_noise(schedule, *forward)
+    assert torch.equal(noisy, fresh(scheduler, {}).add_noise(*forward[:2], schedule.timesteps[forward[2]]))
     run_pipeline(pipeline, conditions, scheduler, schedule, {"num_inference_steps": 3})
     state = dict(vars(scheduler))
     again = make_schedule(scheduler, 4)
     assert torch.equal(sample_trajectory(again, denoise, noise), before)
     assert torch.equal(sample_trajectory(schedule, denoise, noise), before)
+    assert torch.equal(add_noise(again, *forward), noisy) and torch.equal(add_noise(schedule, *forward), noisy)
     assert all(vars(scheduler)[key] is value for key, value in state.items())
     assert len(scheduler.timesteps) == 3
 
@@ -272,12 +349,11 @@ def test_prediction_recovers_the_clean_latents(scheduler_class, prediction_type,
     _, schedule = build(scheduler_class, prediction_type, config, settings)
     step_index = torch.arange(schedule.num_steps)
     clean, noise = torch.randn(2, schedule.num_steps, 4, 8, 8, generator=torch.Generator().manual_seed(4))
-    alpha_prod = schedule.scheduler.alphas_cumprod[schedule.timesteps.long()][:, None, None, None]
-    alpha, sigma = alpha_prod.sqrt(), (1 - alpha_prod).sqrt()
-    sample = alpha * clean + sigma * noise
+    alpha_prod = column(schedule.scheduler.alphas_cumprod[schedule.timesteps.long()])
+    sample = alpha_prod.sqrt() * clean + (1 - alpha_prod).sqrt() * noise
     if hasattr(schedule.scheduler, "sigmas"):
-        sample = sample / alpha
-    model_output = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction_type]
+        sample = sample / alpha_prod.sqrt()
+    model_output = perfect_output(schedule, clean, noise, step_index)
     mean, _, pred_original_sample = transition(schedule, model_output, sample, step_index)
     assert torch.allclose(pred_original_sample, clean, atol=1e-3)
 
@@ -311,7 +387,14 @@ def test_transition_is_float32_and_never_waits_for_the_device(scheduler_class, p
         model_input = scale_model_input(fake, sample, step_index)
         result = transition(fake, model_input.half(), sample, step_index)
         log_prob = gaussian_log_prob(sample, result.mean, result.std)
-    assert {tensor.dtype for tensor in (*result, log_prob)} == {torch.float32}
+        forward = [
+            *noise_levels(fake, step_index),
+            *(forward_weight(fake, step_index, weighting) for weighting in WEIGHTINGS),
+            add_noise(fake, sample.half(), sample.half(), step_index),
+            predict_original_sample(fake, model_input.half(), sample.half(), step_index),
+            *diffusion_inputs(fake, sample.half(), sample.half(), step_index)[::2],
+        ]
+    assert {tensor.dtype for tensor in (*result, log_prob, *forward)} == {torch.float32}
     assert log_prob.shape == (3,)
 
 
@@ -342,6 +425,160 @@ def test_sampling_reports_every_step_and_keeps_no_graph():
         schedule, lambda x, timesteps: weight * x, torch.randn(1, 5, 4, 8, 8), lambda: calls.append(1)
     )
     assert len(calls) == 4 and not latents.requires_grad
+
+
+# The forward process
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", FORWARD, ids=name_case)
+def test_noise_is_added_as_by_a_fresh_scheduler(scheduler_class, prediction_type, config, settings):
+    """In one batch, each sample at its own step, in no order; also from a scheduler that has been run."""
+    scheduler, schedule = build(scheduler_class, prediction_type, config, settings)
+    step_index = torch.randperm(schedule.num_steps, generator=torch.Generator().manual_seed(1))
+    clean, noise = draw(2, schedule.num_steps)
+    unused = fresh(scheduler, settings)
+    timesteps = unused.timesteps[step_index]
+    expected = unused.add_noise(clean, noise, timesteps)
+    assert torch.equal(add_noise(schedule, clean, noise, step_index), expected)
+
+    ones, zeros = torch.ones(2, schedule.num_steps, 1) * torch.tensor([1.0, 0.0])[:, None, None]
+    alpha, sigma = noise_levels(schedule, step_index)
+    assert torch.equal(alpha, unused.add_noise(ones, zeros, timesteps)[:, 0])
+    assert torch.equal(sigma, unused.add_noise(zeros, ones, timesteps)[:, 0])
+
+    scheduler.set_timesteps(7)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(2)
+    scheduler.step(noise[:1], scheduler.timesteps[2], clean[:1], return_dict=False)
+    again = make_schedule(scheduler, **with_steps(settings))
+    assert torch.equal(add_noise(again, clean, noise, step_index), expected)
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", FORWARD, ids=name_case)
+def test_predicted_clean_latents_are_diffusers(scheduler_class, prediction_type, config, settings):
+    """Those that `step` returns (LCM's after undoing the boundary scalings); for TCD, which returns none, DDIM's."""
+    scheduler, schedule = build(scheduler_class, prediction_type, config, settings)
+    step_index = torch.randperm(schedule.num_steps, generator=torch.Generator().manual_seed(1))
+    model_output, sample = draw(2, schedule.num_steps, seed=2)
+    computed = predict_original_sample(schedule, model_output, sample, step_index)
+    for row, step in enumerate(step_index.tolist()):
+        stepper = fresh(scheduler, settings)
+        timestep, current = stepper.timesteps[step], sample[row : row + 1]
+        if scheduler_class is TCDScheduler:
+            stepper = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+            stepper.set_timesteps(1)
+        output = stepper.step(model_output[row : row + 1], timestep, current)
+        if scheduler_class is LCMScheduler:
+            c_skip, c_out = stepper.get_scalings_for_boundary_condition_discrete(timestep)
+            if c_out > 0:  # at timestep 0 the prediction does not count
+                expected = (output.denoised - c_skip * current) / c_out
+                assert torch.allclose(computed[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(computed[row : row + 1], output.pred_original_sample)
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", OFFLINE + VARIANTS, ids=name_case)
+def test_mean_gain_is_autograds_derivative(scheduler_class, prediction_type, config, settings):
+    """Of the mean with respect to the predicted clean latents, wherever they are within the limits of clipping."""
+    _, schedule = build(scheduler_class, prediction_type, config, settings)
+    step_index = torch.randperm(schedule.num_steps, generator=torch.Generator().manual_seed(1))
+    model_output, sample = draw(2, schedule.num_steps, seed=3) * 1e-3
+    model_output.requires_grad_()
+    mean, std, _ = transition(schedule, model_output, sample, step_index)
+    pred_original_sample = predict_original_sample(schedule, model_output, sample, step_index)
+    derivatives = [torch.autograd.grad(value.sum(), model_output)[0] for value in (mean, pred_original_sample)]
+    expected = derivatives[0] / derivatives[1]
+    assert torch.allclose(column(mean_gain(schedule, step_index)).expand_as(expected), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(transition_std(schedule, step_index), std.flatten())
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", OFFLINE, ids=name_case)
+def test_gain_and_weightings_are_the_closed_forms(scheduler_class, prediction_type, config, settings):
+    _, schedule = build(scheduler_class, prediction_type, config, settings)
+    expected = closed_forms(schedule)
+    step_index = torch.arange(schedule.num_steps)
+    computed = dict(zip(("alpha", "sigma"), noise_levels(schedule, step_index)))
+    computed |= {"gain": mean_gain(schedule, step_index), "std": transition_std(schedule, step_index)}
+    for name, value in computed.items():
+        assert value.shape == (schedule.num_steps,) and value.dtype == torch.float32
+        assert torch.allclose(value.double(), expected[name], rtol=1e-5, atol=1e-6), name
+
+    weights = {
+        "epsilon": (expected["alpha"] / expected["sigma"]) ** 2,
+        "x0": torch.ones(schedule.num_steps, dtype=torch.float64),
+        "mdp": expected["gain"] ** 2 / (2 * expected["std"] ** 2),
+    }
+    assert weights.keys() == WEIGHTINGS.keys()
+    for name, weight in weights.items():
+        steps = num_weighted_steps(schedule, name)
+        assert steps == schedule.num_steps - (name == "mdp")
+        if name != "mdp" or schedule.eta != 0:
+            computed = forward_weight(schedule, step_index[:steps], name)
+            assert torch.allclose(computed.double(), weight[:steps], rtol=1e-4), name
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", OFFLINE, ids=name_case)
+def test_mdp_weighting_is_the_kl_between_the_transitions(scheduler_class, prediction_type, config, settings):
+    """From the transition towards the data to the model's, averaged over dimensions; undefined without a density."""
+    _, schedule = build(scheduler_class, prediction_type, config, settings)
+    if schedule.num_steps == 1 or schedule.eta == 0:
+        with pytest.raises(ValueError, match="--weighting mdp needs .*pass --weighting epsilon or x0, or "):
+            check_weighting(schedule, "mdp")
+        return
+    check_weighting(schedule, "mdp")
+    step_index = torch.randperm(num_weighted_steps(schedule, "mdp"), generator=torch.Generator().manual_seed(1))
+    clean, noise, error = draw(3, len(step_index), seed=4)
+    sample = add_noise(schedule, clean, noise, step_index)
+    data_output = perfect_output(schedule, clean, noise, step_index)
+    model_output = data_output + 0.3 * error
+    data, model = (transition(schedule, output, sample, step_index) for output in (data_output, model_output))
+    data, model = (torch.distributions.Normal(mean.double(), std.double()) for mean, std, _ in (data, model))
+    divergence = torch.distributions.kl_divergence(data, model).mean(dim=(1, 2, 3))
+    squared_error = (clean - predict_original_sample(schedule, model_output, sample, step_index)) ** 2
+    computed = forward_weight(schedule, step_index, "mdp") * squared_error.mean(dim=(1, 2, 3))
+    assert torch.allclose(computed.double(), divergence, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, settings, weighting, message",
+    [
+        (LCMScheduler, {"num_inference_steps": 1}, "mdp", "needs a step before the last.*or at least 2 steps"),
+        (DDIMScheduler, {"eta": 0.0}, "mdp", r"DDIMScheduler adds none after timestep 750.*an eta above 0 \(--eta\)"),
+        (TCDScheduler, {"timesteps": [999, 499, 0]}, "mdp", "after timestep 499.*or timesteps that end above 0"),
+        (LCMScheduler, {}, "snr", r"unknown weighting 'snr': pass one of epsilon, x0, mdp \(--weighting\)"),
+    ],
+    ids=name_case,
+)
+def test_what_has_no_weight_is_a_clear_error(scheduler_class, settings, weighting, message):
+    _, schedule = build(scheduler_class, settings={**settings, "stochastic": False})
+    with pytest.raises(ValueError, match=message) as error:
+        check_weighting(schedule, weighting)
+    assert "\n" not in str(error.value)
+    check_weighting(schedule, "epsilon")
+    check_weighting(schedule, "x0")
+
+
+@pytest.mark.parametrize("scheduler_class, prediction_type, config, settings", MATRIX, ids=name_case)
+def test_diffusion_inputs_are_those_of_ddpm_training(scheduler_class, prediction_type, config, settings):
+    """At every training timestep; at the schedule's own, what its steps give the UNet."""
+    scheduler, schedule = build(scheduler_class, prediction_type, config, settings)
+    timesteps = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:32]
+    timesteps[:4] = torch.tensor([0, 999, 500, 1])
+    clean, noise = draw(2, 32, seed=5)
+    model_input, unet_timesteps, target = diffusion_inputs(schedule, clean, noise, timesteps)
+    ddpm = DDPMScheduler(**BETAS)
+    assert torch.allclose(model_input, ddpm.add_noise(clean, noise, timesteps), atol=1e-5)
+    assert unet_timesteps.tolist() == timesteps.tolist()
+    assert unet_timesteps.dtype == fresh(scheduler, settings).timesteps.dtype
+    targets = {"epsilon": noise, "v_prediction": ddpm.get_velocity(clean, noise, timesteps), "sample": clean}
+    assert torch.allclose(target, targets[prediction_type], atol=1e-5)
+
+    step_index = torch.arange(4)
+    clean, noise = clean[:4], noise[:4]
+    sample = add_noise(schedule, clean, noise, step_index)
+    model_input, _, target = diffusion_inputs(schedule, clean, noise, schedule.timesteps.long())
+    assert torch.allclose(model_input, scale_model_input(schedule, sample, step_index), atol=1e-5)
+    assert torch.allclose(predict_original_sample(schedule, target, sample, step_index), clean, atol=1e-4)
 
 
 # Conversions
