@@ -30,7 +30,6 @@ from pso_utils.mdp import (
     scale_model_input,
     transition,
 )
-from pso_utils.model_card import save_model_card
 from pso_utils.prompts import epoch_prompts, load_prompts
 from pso_utils.rewards import COMBINATIONS, RewardSpec, load_rewards, parse_rewards, select_pairs
 from pso_utils.sdxl import DEFAULT_LORA_TARGETS, latent_shape, lora_disabled, save_lora
@@ -274,7 +273,7 @@ def run(args):
     # The models, as functions of tensors
     pipeline, parameters = training.load_models(args, accelerator)
     functions = training.make_functions(args, accelerator, pipeline)
-    embed, denoiser, decode, guidance_scale = functions
+    embed, denoiser, decode, _, guidance_scale = functions
     home = "cpu" if args.offload else accelerator.device
     rewards = load_rewards(reward_specs, home, args.cache_dir, args.reward_batch_size)
     score = training.offloaded(rewards, accelerator.device, args.offload)
@@ -300,7 +299,11 @@ def run(args):
     training.initialize_grad_scaler(accelerator)
     log = training.start_logs(accelerator, args, "pso_online", state.global_step, resumed=checkpoint is not None)
     settings = {**training.deployment_settings(args, pipeline.scheduler), "guidance_scale": guidance_scale}
-    validate = validation.Validation(args, accelerator, pipeline, prompts, settings, embed, decode, score, rewards, log)
+    validation_prompts = args.validation_prompts or list(dict.fromkeys(prompts))[:4]
+    images_at_once = args.sample_batch_size * args.samples_per_prompt
+    validate = validation.Validation(
+        args, accelerator, pipeline, validation_prompts, settings, images_at_once, embed, decode, score, rewards, log
+    )
     if checkpoint is None:
         validate(state)
 
@@ -377,36 +380,15 @@ def run(args):
     validate(state)
     images = validate.save_before_and_after(state)
     if accelerator.is_main_process:
-        write_model_card(args, pipeline, settings, validate.prompts[0], images, repo_id, state)
+        facts = ["reward_combination", "beta", "clip_range", "samples_per_prompt", "learning_rate", "rank", "seed"]
+        facts = {name: getattr(args, name) for name in facts}
+        facts = {"method": "online PSO", "reward": ", ".join(args.reward), "optimizer steps": state.global_step} | facts
+        prompt = validate.prompts[0]
+        training.write_model_card(args, pipeline.scheduler, settings, prompt, images, repo_id, facts)
         if repo_id is not None:
             training.push_folder(repo_id, args)
         logger.info(f"the LoRA and its model card are in {args.output_dir}")
     accelerator.end_training()
-
-
-def write_model_card(args, pipeline, settings: dict, prompt: str, images, repo_id: str | None, state):
-    facts = ["reward_combination", "beta", "clip_range", "samples_per_prompt", "learning_rate", "rank", "seed"]
-    save_model_card(
-        args.output_dir,
-        base_model=args.pretrained_model_name_or_path,
-        scheduler=pipeline.scheduler,
-        prompt=prompt,
-        hub_model_id=repo_id,
-        training={
-            "method": "online PSO",
-            "reward": ", ".join(args.reward),
-            "optimizer steps": state.global_step,
-            **{name: getattr(args, name) for name in facts},
-        },
-        images=images,
-        resolution=args.resolution,
-        revision=args.revision,
-        variant=args.variant,
-        vae=args.pretrained_vae_model_name_or_path,
-        distilled_unet=args.distilled_unet,
-        distillation_lora=args.distillation_lora,
-        **settings,
-    )
 
 
 def main(argv=None):

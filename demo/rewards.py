@@ -27,6 +27,6 @@ def twemoji(images, prompts):
     described = drawings_of("twemoji")
     rewards = []
     for image, prompt in zip(images, prompts):
-        pixels = torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
         rewards.append(-(described[prompt] - pixels).square().mean(dim=(1, 2, 3)).min())
     return torch.stack(rewards)

@@ -91,10 +91,15 @@ def add_prompt_arguments(parser: argparse.ArgumentParser):
     add = group.add_argument
     add("--prompts", help="Text file with one prompt a line, or .json or .jsonl with strings or captioned objects.")
     add("--dataset_name", help="Instead of --prompts: a dataset of the hub or a local folder.")
+    add("--caption_column", default="text", help="Field of the JSON objects or column of the dataset to read.")
+    add_dataset_arguments(group, "prompts")
+
+
+def add_dataset_arguments(group, samples: str):
+    add = group.add_argument
     add("--dataset_config_name", help="Configuration of the dataset.")
     add("--dataset_split", default="train", help="Split of the dataset.")
-    add("--caption_column", default="text", help="Field of the JSON objects or column of the dataset to read.")
-    add("--max_train_samples", type=positive_int, help="Use only the first so many prompts.")
+    add("--max_train_samples", type=positive_int, help=f"Use only the first so many {samples}.")
     add("--dataloader_num_workers", type=non_negative_int, default=0, help="Subprocesses that prepare the dataset; 0: "
         "the main process.")  # fmt: skip
 

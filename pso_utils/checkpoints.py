@@ -52,6 +52,22 @@ def check_checkpoint_lora(checkpoint, rank: int, lora_alpha: float, target_modul
         )
 
 
+def load_lora(unet, folder) -> None:
+    """Reads the LoRA that `save_lora` wrote to `folder` into the UNet's own.
+
+    Raises:
+        ValueError: it does not fit; nothing is changed.
+    """
+    config = unet.peft_config["default"]
+    check_checkpoint_lora(folder, config.r, config.lora_alpha, config.target_modules)
+    state_dict = load_file(Path(folder, LORA_WEIGHT_NAME_SAFE))
+    state_dict = {key.removeprefix("unet."): value for key, value in state_dict.items()}
+    expected = {key: value.shape for key, value in get_peft_model_state_dict(unet).items()}
+    if {key: value.shape for key, value in state_dict.items()} != expected:
+        raise ValueError(f"{folder} holds a LoRA of another UNet; resume with the base model that it was trained on")
+    set_peft_model_state_dict(unet, state_dict)
+
+
 def register_lora_hooks(accelerator: Accelerator, unet) -> None:
     """Makes `save_state` write the LoRA of `unet` instead of the whole UNet, and `load_state` read it back in float32.
 
@@ -64,16 +80,7 @@ def register_lora_hooks(accelerator: Accelerator, unet) -> None:
         weights.clear()
 
     def load_hook(models, input_dir):
-        config = unet.peft_config["default"]
-        check_checkpoint_lora(input_dir, config.r, config.lora_alpha, config.target_modules)
-        state_dict = load_file(Path(input_dir, LORA_WEIGHT_NAME_SAFE))
-        state_dict = {key.removeprefix("unet."): value for key, value in state_dict.items()}
-        expected = {key: value.shape for key, value in get_peft_model_state_dict(unet).items()}
-        if {key: value.shape for key, value in state_dict.items()} != expected:
-            raise ValueError(
-                f"{input_dir} holds a LoRA of another UNet; resume with the base model that it was trained on"
-            )
-        set_peft_model_state_dict(unet, state_dict)
+        load_lora(unet, input_dir)
         models.clear()
 
     accelerator.register_save_state_pre_hook(save_hook)

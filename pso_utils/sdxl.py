@@ -296,29 +296,48 @@ def encode_prompts(pipeline, prompts: list[str], device) -> tuple[torch.Tensor, 
 class PromptEmbeddings:
     """Encodes each prompt once and keeps the last `max_size` of them in CPU memory (about 0.3 MB each for SDXL in half
     precision). Prompts are encoded singly, so that an embedding depends on its prompt alone, and not on what else
-    was in the batch: a resumed run or another number of processes sees the same bits."""
+    was in the batch: a resumed run or another number of processes sees the same bits.
 
-    def __init__(self, pipeline, max_size: int = 4096):
+    With `store` (a `latent_cache.TensorCache`) they are kept on disk, too, by `key`, and the text encoders are only
+    needed for prompts that are not there.
+    """
+
+    def __init__(self, pipeline, max_size: int = 4096, store=None, key: Callable[[str], str] | None = None):
         self.pipeline = pipeline
         self.max_size = max_size
+        self.store, self.key = store, key
         self._cache: OrderedDict[str, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
         """The prompts that a call would have to encode: while there are none, the text encoders may be elsewhere."""
-        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
+        stored = self.store is not None
+        return [
+            prompt
+            for prompt in dict.fromkeys(prompts)
+            if prompt not in self._cache and not (stored and self.store.path(self.key(prompt)).is_file())
+        ]
 
     def __call__(self, prompts: Sequence[str], device) -> tuple[torch.Tensor, torch.Tensor]:
         """`prompt_embeds` [B, S, D] and `pooled_prompt_embeds` [B, P] on `device`."""
         rows = {}
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._cache:
-                self._cache[prompt] = tuple(row[0].cpu() for row in encode_prompts(self.pipeline, [prompt], device))
+                self._cache[prompt] = self._read_or_encode(prompt, device)
             self._cache.move_to_end(prompt)
             rows[prompt] = self._cache[prompt]
             if len(self._cache) > self.max_size:
                 self._cache.popitem(last=False)
         prompt_embeds, pooled_prompt_embeds = zip(*(rows[prompt] for prompt in prompts))
         return torch.stack(prompt_embeds).to(device), torch.stack(pooled_prompt_embeds).to(device)
+
+    def _read_or_encode(self, prompt: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+        entry = None if self.store is None else self.store.get(self.key(prompt))
+        if entry is None:
+            prompt_embeds, pooled = (row[0].cpu() for row in encode_prompts(self.pipeline, [prompt], device))
+            entry = {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+            if self.store is not None:
+                self.store.put(self.key(prompt), entry)
+        return entry["prompt_embeds"], entry["pooled_prompt_embeds"]
 
 
 def add_time_ids(pipeline, resolution: int, batch_size: int, device, dtype: torch.dtype) -> torch.Tensor:
@@ -331,6 +350,13 @@ def add_time_ids(pipeline, resolution: int, batch_size: int, device, dtype: torc
         projection_dim = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     time_ids = pipeline._get_add_time_ids(size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=projection_dim)
     return time_ids.to(device).repeat(batch_size, 1)
+
+
+def crop_time_ids(original_sizes: torch.Tensor, crop_top_lefts: torch.Tensor, resolution: int) -> torch.Tensor:
+    """SDXL's size and crop conditioning [B, 6], float32, of square crops of `resolution` pixels: each image's size
+    before it was resized and its crop's corner after, both [B, 2] as (height, width) and (top, left)."""
+    target_sizes = torch.full_like(original_sizes, resolution)
+    return torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1).float()
 
 
 def guidance_embedding(
@@ -401,12 +427,8 @@ def decode_latents(pipeline, latents: torch.Tensor, batch_size: int = 4) -> list
     if vae.config.force_upcast and vae.dtype != torch.float32:
         vae.to(torch.float32)
     latents = latents.to(device=vae.device, dtype=vae.dtype)
-    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        mean, std = (torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
-        latents = latents * std / vae.config.scaling_factor + mean
-    else:
-        latents = latents / vae.config.scaling_factor
+    mean, std = _latents_mean_and_std(vae, latents)
+    latents = latents * std / vae.config.scaling_factor + mean
     images = []
     for part in latents.split(batch_size):
         image = vae.decode(part, return_dict=False)[0]
@@ -421,6 +443,36 @@ def decode_latents(pipeline, latents: torch.Tensor, batch_size: int = 4) -> list
             raise ValueError(f"decoded images are not finite: {reason}")
         images += pipeline.image_processor.postprocess(image, output_type="pil")
     return images
+
+
+@torch.no_grad()
+def encode_images(pipeline, pixels: torch.Tensor, batch_size: int = 4) -> torch.Tensor:
+    """Latents [B, C, h, w], float32, of images [B, 3, H, W] in [-1, 1], `batch_size` at a time: the inverse of
+    `decode_latents`. They are the mode of the VAE's posterior, so that an image has one latent, cached or not.
+
+    Raises:
+        ValueError: a latent is not finite.
+    """
+    vae = pipeline.vae
+    if vae.config.force_upcast and vae.dtype != torch.float32:
+        vae.to(torch.float32)
+    pixels = pixels.to(device=vae.device, dtype=vae.dtype)
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(batch_size)]).float()
+    if not torch.isfinite(latents).all():
+        raise ValueError(
+            f"encoded images are not finite: the VAE overflows in {str(vae.dtype).removeprefix('torch.')}: use "
+            "--mixed_precision bf16 or no, or a VAE with force_upcast"
+        )
+    mean, std = _latents_mean_and_std(vae, latents)
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+def _latents_mean_and_std(vae, latents: torch.Tensor) -> tuple:
+    """`latents_mean` and `latents_std` of the VAE's config, [1, C, 1, 1], or 0 and 1 where it has none."""
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return 0.0, 1.0
+    return tuple(torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in (mean, std))
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------

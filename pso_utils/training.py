@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,13 +27,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pso_utils.checkpoints import MetricsLog, check_checkpoint_lora, find_checkpoint, register_lora_hooks
+from pso_utils.latent_cache import LatentCache, TensorCache, fingerprint, text_key
 from pso_utils.mdp import Schedule, convert_scheduler, make_schedule
+from pso_utils.model_card import save_model_card
 from pso_utils.sdxl import (
     PromptEmbeddings,
     add_lora,
     add_time_ids,
     check_model_source,
     decode_latents,
+    encode_images,
     guidance_embedding,
     load_pipeline,
     make_denoiser,
@@ -42,8 +46,9 @@ from pso_utils.sdxl import (
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# (prompt_embeds [B, S, D], pooled_prompt_embeds [B, E]) -> denoise(model_input, timesteps) -> model_output
-Denoiser = Callable[[Tensor, Tensor], Callable[[Tensor, Tensor], Tensor]]
+# (prompt_embeds [B, S, D], pooled_prompt_embeds [B, E][, time_ids [B, 6]]) -> denoise(model_input, timesteps) ->
+# model_output
+Denoiser = Callable[..., Callable[[Tensor, Tensor], Tensor]]
 
 
 @contextlib.contextmanager
@@ -236,6 +241,9 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionXLPipeli
     )
     unet = pipeline.unet
     parameters = add_lora(unet, args.rank, args.lora_alpha, args.lora_target_modules, seed=args.seed)
+    if accelerator.device.type == "cpu" and unet.dtype != torch.float32:
+        # PyTorch's contiguous bfloat16 convolutions have no fast path on CPUs without AVX-512: 30 times slower there
+        unet.to(memory_format=torch.channels_last)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -258,11 +266,19 @@ class ModelFunctions(NamedTuple):
     embed: Callable  # prompts -> (prompt_embeds [B, S, D], pooled_prompt_embeds [B, E])
     denoiser: Denoiser
     decode: Callable  # latents [B, C, H, W] -> images
+    encode: Callable  # images [B, 3, H, W] in [-1, 1] -> latents
     guidance_scale: float
 
 
-def make_functions(args, accelerator: Accelerator, pipeline: StableDiffusionXLPipeline) -> ModelFunctions:
+def make_functions(
+    args, accelerator: Accelerator, pipeline: StableDiffusionXLPipeline, cache_folder: Path | None = None
+) -> ModelFunctions:
+    """With a `cache_folder`, `embed` and `encode` keep on disk what they made, and read it from there."""
     device, embeddings = accelerator.device, PromptEmbeddings(pipeline)
+    if cache_folder is not None:
+        text_encoders = fingerprint(pipeline.text_encoder, pipeline.text_encoder_2)
+        key = partial(text_key, text_encoders)
+        embeddings = PromptEmbeddings(pipeline, store=TensorCache(cache_folder / "prompts"), key=key)
     guidance_scale = args.guidance_scale
     if guidance_scale is None:  # 8: what SDXL-LCM's model card uses
         guidance_scale = 0.0 if pipeline.unet.config.time_cond_proj_dim is None else 8.0
@@ -272,17 +288,26 @@ def make_functions(args, accelerator: Accelerator, pipeline: StableDiffusionXLPi
         with offload_models(pipeline.text_encoder, pipeline.text_encoder_2, device=device, offload=offload):
             return embeddings(prompts, device)
 
-    def denoiser(prompt_embeds, pooled_prompt_embeds):
+    def denoiser(prompt_embeds, pooled_prompt_embeds, time_ids=None):
         batch = {"batch_size": len(prompt_embeds), "device": device, "dtype": prompt_embeds.dtype}
         timestep_cond = guidance_embedding(pipeline, guidance_scale, **batch)
-        time_ids = add_time_ids(pipeline, args.resolution, **batch)
+        if time_ids is None:  # an uncropped square
+            time_ids = add_time_ids(pipeline, args.resolution, **batch)
+        time_ids = time_ids.to(device, prompt_embeds.dtype)
         return make_denoiser(pipeline.unet, prompt_embeds, pooled_prompt_embeds, time_ids, timestep_cond)
+
+    def encode(pixels):
+        with offload_models(pipeline.vae, device=device, offload=args.offload):
+            return encode_images(pipeline, pixels, args.vae_batch_size).to(device)
+
+    if cache_folder is not None:
+        encode = LatentCache(cache_folder / "latents", encode, fingerprint(pipeline.vae))
 
     def decode(latents):
         with offload_models(pipeline.vae, device=device, offload=args.offload):
             return decode_latents(pipeline, latents, args.vae_batch_size)
 
-    return ModelFunctions(embed, denoiser, decode, guidance_scale)
+    return ModelFunctions(embed, denoiser, decode, encode, guidance_scale)
 
 
 def make_optimizer(args, accelerator: Accelerator, parameters: list[Tensor], num_training_steps: int):
@@ -424,7 +449,27 @@ def passed_multiple(interval: int, before: int, after: int) -> bool:
     return after // interval > before // interval
 
 
-# ---- The hub ----
+# ---- The result ----
+
+
+def write_model_card(args, scheduler: SchedulerMixin, settings: dict, prompt: str, images, repo_id: str | None, facts):
+    """`settings` are the deployment's, `facts` the run's; see `save_model_card`."""
+    save_model_card(
+        args.output_dir,
+        base_model=args.pretrained_model_name_or_path,
+        scheduler=scheduler,
+        prompt=prompt,
+        hub_model_id=repo_id,
+        training=facts,
+        images=images,
+        resolution=args.resolution,
+        revision=args.revision,
+        variant=args.variant,
+        vae=args.pretrained_vae_model_name_or_path,
+        distilled_unet=args.distilled_unet,
+        distillation_lora=args.distillation_lora,
+        **settings,
+    )
 
 
 def create_hub_repository(accelerator: Accelerator, args) -> str | None:

@@ -56,6 +56,11 @@ def draw_latents(
     return torch.stack(latents)
 
 
+def pipeline_settings(settings: dict, resolution: int) -> dict:
+    """The pipeline's arguments for a deployment's settings (`training.deployment_settings` and guidance_scale)."""
+    return {**settings, "eta": settings["eta"] or 0.0, "height": resolution, "width": resolution}
+
+
 class Validation:
     """Draws the validation prompts with the deployed pipeline, scores and logs the images.
 
@@ -63,24 +68,25 @@ class Validation:
     every method must be called by all of them.
 
     Args:
-        prompts: the training prompts, the first four of which are drawn without --validation_prompts.
+        prompts: what is drawn.
         settings: the pipeline's num_inference_steps or timesteps, eta and guidance_scale.
+        batch_size: images drawn at once.
         embed: prompts -> (prompt_embeds, pooled_prompt_embeds).
         decode: latents -> images.
         score: (images, prompts) -> scores [R, B].
-        rewards: for their names and weights.
+        rewards: for their names and weights; without any, nothing is scored.
         log: (step, values), to the trackers and the metrics.
     """
 
-    def __init__(self, args, accelerator, pipeline, prompts, settings, embed, decode, score, rewards, log):
+    def __init__(self, args, accelerator, pipeline, prompts, settings, batch_size, embed, decode, score, rewards, log):
         self.accelerator, self.pipeline = accelerator, deployment_pipeline(pipeline)
-        self.prompts = args.validation_prompts or list(dict.fromkeys(prompts))[:4]
+        self.prompts = prompts
         self.num_images, self.seed, self.output_dir = args.num_validation_images, args.seed, Path(args.output_dir)
-        self.settings = {**settings, "eta": settings["eta"] or 0.0}
-        self.settings |= {"height": args.resolution, "width": args.resolution}
-        self.batch_size = args.sample_batch_size * args.samples_per_prompt
+        self.settings = pipeline_settings(settings, args.resolution)
+        self.batch_size = batch_size
         self.embed, self.decode, self.score, self.rewards, self.log = embed, decode, score, rewards, log
         self.before = self.after = None  # images of step 0, and the latest
+        self.values = {}  # the latest images' scores
 
     @torch.no_grad()
     def draw(self) -> tuple[list[Image.Image], Tensor]:
@@ -108,7 +114,9 @@ class Validation:
         if state.global_step == 0:
             self.before = self.after
         state.validated_step = step = state.global_step
-        self.log(step, summarize_scores(self.rewards.names, self.rewards.weights, scores))
+        if self.rewards.names:
+            self.values = summarize_scores(self.rewards.names, self.rewards.weights, scores)
+            self.log(step, self.values)
         if self.accelerator.is_main_process:
             grid = image_grid(self.after, self.num_images)
             (self.output_dir / "validation").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """A random tiny SDXL pipeline, built offline, for tests that need the architecture and not its quality."""
 
 import json
+import logging
 import os
 
 
@@ -8,9 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
+
+from pso_utils import training  # noqa: E402
 
 
 CAPTIONS = ["red panda animal", "apple food", "grinning face", "sailboat vehicle", "t-shirt clothes", "cactus plant"]
@@ -102,3 +106,32 @@ def tiny_pipeline_dir(tmp_path_factory) -> str:
 def pytest_collection_modifyitems(items):
     """Fast tests first: what trains for long runs after all others."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture
+def fresh_state():
+    """For tests that run a training script."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def unet_calls(monkeypatch) -> list[tuple[bool, bool, int]]:
+    """Every UNet call as (with gradient, LoRA on, batch size)."""
+    calls, load_models = [], training.load_models
+
+    def load_and_count(args, accelerator):
+        pipeline, parameters = load_models(args, accelerator)
+        adapter = next(module for module in pipeline.unet.modules() if hasattr(module, "lora_A"))
+
+        def count(module, inputs, output):
+            calls.append((torch.is_grad_enabled(), not adapter.disable_adapters, len(inputs[0])))
+
+        pipeline.unet.register_forward_hook(count)
+        return pipeline, parameters
+
+    monkeypatch.setattr(training, "load_models", load_and_count)
+    return calls

@@ -1,7 +1,5 @@
 """The online script end to end, on a tiny random SDXL pipeline."""
 
-import json
-import logging
 import os
 import shutil
 import subprocess
@@ -15,15 +13,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from script_runs import ROOT, assert_same_run, metrics, run_killed_and_resumed, to_flags, two_processes, weights
 
 import train_pso_online
 from pso_utils import arguments, training
 
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("fresh_state")
+
 PROMPTS = ["red panda animal", "apple food", "grinning face", "cactus plant", "sailboat vehicle"]
-TIMINGS = {"images_per_second"}
 
 # Scores of the mean red of an image; None of the prompts "apple food" differs, so its pairs are ties.
 OWN_REWARD = """
@@ -56,15 +55,6 @@ def nan(images, prompts):
 def wrong_shape(images, prompts):
     return torch.zeros(len(images), 1)
 """
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")
@@ -103,57 +93,10 @@ def default_flags(pipeline_dir, workspace, output_dir) -> dict:
     }
 
 
-def to_flags(values: dict) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if value is True:
-            flags.append(f"--{name}")
-        elif value is not None:
-            values = value if isinstance(value, list) else [value]
-            flags += [f"--{name}", *map(str, values)]
-    return flags
-
-
 def run(flags: list[str]) -> Path:
     AcceleratorState._reset_state(reset_partial_state=True)
     train_pso_online.main(flags)
     return Path(flags[flags.index("--output_dir") + 1])
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "pytorch_lora_weights.safetensors")
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
-
-
-def assert_same_run(folder: Path, other: Path):
-    """Bit for bit the same weights, and the same values at every step."""
-    ours, theirs = weights(folder), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert metrics(folder) == metrics(other)
-
-
-@pytest.fixture
-def unet_calls(monkeypatch) -> list[tuple[bool, bool, int]]:
-    """Every UNet call as (with gradient, LoRA on, batch size)."""
-    calls, load_models = [], training.load_models
-
-    def load_and_count(args, accelerator):
-        pipeline, parameters = load_models(args, accelerator)
-        adapter = next(module for module in pipeline.unet.modules() if hasattr(module, "lora_A"))
-
-        def count(module, inputs, output):
-            calls.append((torch.is_grad_enabled(), not adapter.disable_adapters, len(inputs[0])))
-
-        pipeline.unet.register_forward_hook(count)
-        return pipeline, parameters
-
-    monkeypatch.setattr(training, "load_models", load_and_count)
-    return calls
 
 
 # ---- Cost ----
@@ -297,45 +240,6 @@ def test_options_train(flags, changes):
 
 # ---- Interruption ----
 
-# Runs in a process of its own, which forks one for each run: the libraries are imported once.
-KILLED_RUNS = """
-import json, os, signal, sys
-import torch
-torch.set_num_threads(1)
-import train_pso_online
-from pso_utils import checkpoints, training
-
-def kill_at(owner, name, count):
-    function, calls = getattr(owner, name), []
-    def call(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    setattr(owner, name, call)
-
-PLACES = {
-    "sampling": lambda: kill_at(train_pso_online, "score_samples", 6),
-    "update": lambda: kill_at(training, "optimizer_step", 4),
-    "checkpoint": lambda: kill_at(checkpoints, "_files", 2),  # its files are written, its manifest is not
-}
-
-flags, folder = json.loads(sys.argv[1]), sys.argv[2]
-def run(name, place=None, resume=()):
-    pid = os.fork()
-    if pid == 0:
-        if place is not None:
-            PLACES[place]()
-        train_pso_online.main([*flags, "--output_dir", f"{folder}/{name}", *resume])
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-assert run("none") == 0
-for place in PLACES:
-    assert run(place, place) == signal.SIGKILL, place
-    assert run(place, resume=["--resume_from_checkpoint", "latest"]) == 0, place
-"""
-
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path):
@@ -347,17 +251,17 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path
         "lr_scheduler": "cosine",
         "report_to": "tensorboard",
     }
-    subprocess.run(
-        [sys.executable, "-c", KILLED_RUNS, json.dumps(to_flags(values)), str(tmp_path)],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=570,
-    )
+    places = {
+        "sampling": ("train_pso_online", "score_samples", 6),
+        "update": ("pso_utils.training", "optimizer_step", 4),
+        "checkpoint": ("pso_utils.checkpoints", "_files", 2),  # its files are written, its manifest is not
+    }
+    run_killed_and_resumed("train_pso_online", to_flags(values), tmp_path, places)
     uninterrupted = tmp_path / "none"
     steps = [line["step"] for line in metrics(uninterrupted) if "loss" in line]
     assert steps == list(range(1, 8))
     assert [line["step"] for line in metrics(uninterrupted) if "loss" not in line] == [0, 4, 7]
-    for place in ("sampling", "update", "checkpoint"):
+    for place in places:
         assert_same_run(tmp_path / place, uninterrupted)
         assert tensorboard_steps(tmp_path / place) == steps
     assert not list(tmp_path.glob("*/*.partial"))
@@ -417,16 +321,9 @@ def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp
     monkeypatch.chdir(workspace)
     values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "two") | {"reward": "own_reward:ties"}
     values |= {"num_validation_images": 1, "num_train_epochs": 2, "max_train_steps": None, "adam_epsilon": 1e-4}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     # Two batches of one prompt and groups of 2 x 1 pairs on two processes; one process has twice the batch.
     half = to_flags(values | {"sample_batch_size": 1, "train_batch_size": 1})
-    subprocess.run(
-        [*command, str(ROOT / "train_pso_online.py"), *half],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    two_processes("train_pso_online.py", half)
     assert (workspace / "own_reward.py.world-2").exists()
     one = run(to_flags(values | {"output_dir": tmp_path / "one"}))
     assert len(metrics(one)) == len(metrics(tmp_path / "two"))
