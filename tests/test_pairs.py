@@ -524,8 +524,10 @@ def resident_megabytes() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_a_stream(load, tmp_path):
-    """2,400 pairs of 200 kB: 480 MB in all, of which a pass may keep only the buffer and the open row groups, 26 MB,
-    and what the allocators hold back."""
+    """2,400 pairs of 200 kB: 480 MB in all, of which a pass may keep only the buffer and the open row groups, 26 MB.
+
+    The allocators hold back more than that at first; so the second half of the pass, 240 MB, is held against the first.
+    """
     folder = tmp_path / "large"
     folder.mkdir()
     padding = np.random.default_rng(0).bytes(100_000)  # after the image's end, where Pillow does not look
@@ -541,4 +543,5 @@ def test_memory_does_not_grow_with_a_stream(load, tmp_path):
         seen += sum(len(batch.ids) for batch in group.batches)
         sizes.append(resident_megabytes())
     assert seen == 2400
-    assert max(sizes) - sizes[5] < 160, sizes[::10]
+    half = len(sizes) // 2
+    assert max(sizes[half:]) - max(sizes[:half]) < 80, sizes[::10]

@@ -39,32 +39,41 @@ def solve(model, noisy, start: int, conditions, alpha, sigma):
     return clean
 
 
+def encode(model, input_ids):
+    """(prompt_embeds, pooled_prompt_embeds) by the text encoders, which are not trained."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return model.encode(input_ids)
+
+
+def solve_batch(index, teacher, drawings, latents, input_ids, alpha, sigma, size=SOLVER_BATCH):
+    """2 x `size` solutions {noisy, timesteps, clean, input_ids}, the `index`-th batch: half from pure noise, half from
+    noised drawings and solutions."""
+    torch.manual_seed(index)
+    concept = torch.randint(len(drawings), (size,))
+    ids = input_ids[torch.multinomial(KIND_WEIGHTS, size, replacement=True), concept]
+    conditions = encode(teacher, ids)
+    noise = torch.randn(size, *latents.shape[2:])
+    clean = solve(teacher, noise, TIMESTEPS[0], conditions, alpha, sigma)
+    # the student meets its own samples at the later steps, which resemble drawings and solutions alike
+    drawing = latents[concept, torch.randint(len(ARTISTS), (size,))]
+    source = torch.where(torch.rand(size, 1, 1, 1) < 0.5, drawing, clean)
+    later = TIMESTEPS[1 + index % 3]
+    noisy = alpha[later] * source + sigma[later] * torch.randn_like(source)
+    solved = solve(teacher, noisy, later, conditions, alpha, sigma)
+    return {
+        "noisy": torch.cat([noise, noisy]),
+        "timesteps": torch.tensor([TIMESTEPS[0], later]).repeat_interleave(size),
+        "clean": torch.cat([clean, solved]),
+        "input_ids": ids.repeat(2, 1, 1),
+    }
+
+
 def solve_batches(name, teacher, drawings, latents, input_ids, alpha, sigma, batches):
-    """Solutions {noisy, timesteps, clean, input_ids}: half from pure noise, half from noised drawings and solutions."""
+    """The solutions of `batches` batches, as one, kept in `demo/build/{name}.pt`."""
     path = BUILD / f"{name}.pt"
     parts = torch.load(path, weights_only=True) if path.exists() else []
     while len(parts) < batches:
-        torch.manual_seed(len(parts))
-        concept = torch.randint(len(drawings), (SOLVER_BATCH,))
-        ids = input_ids[torch.multinomial(KIND_WEIGHTS, SOLVER_BATCH, replacement=True), concept]
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            conditions = teacher.encode(ids)
-        noise = torch.randn(SOLVER_BATCH, *latents.shape[2:])
-        clean = solve(teacher, noise, TIMESTEPS[0], conditions, alpha, sigma)
-        # the student meets its own samples at the later steps, which resemble drawings and solutions alike
-        drawing = latents[concept, torch.randint(len(ARTISTS), (SOLVER_BATCH,))]
-        source = torch.where(torch.rand(SOLVER_BATCH, 1, 1, 1) < 0.5, drawing, clean)
-        later = TIMESTEPS[1 + len(parts) % 3]
-        noisy = alpha[later] * source + sigma[later] * torch.randn_like(source)
-        solved = solve(teacher, noisy, later, conditions, alpha, sigma)
-        parts.append(
-            {
-                "noisy": torch.cat([noise, noisy]),
-                "timesteps": torch.tensor([TIMESTEPS[0], later]).repeat_interleave(SOLVER_BATCH),
-                "clean": torch.cat([clean, solved]),
-                "input_ids": ids.repeat(2, 1, 1),
-            }
-        )
+        parts.append(solve_batch(len(parts), teacher, drawings, latents, input_ids, alpha, sigma))
         print(f"{name} {len(parts)}/{batches}", flush=True)
         if len(parts) % 5 == 0 or len(parts) == batches:
             torch.save(parts, path.with_suffix(".partial"))
@@ -75,6 +84,20 @@ def solve_batches(name, teacher, drawings, latents, input_ids, alpha, sigma, bat
 def pseudo_huber(prediction, target, scale=0.1):
     squared = (prediction - target).square().mean(dim=(1, 2, 3))
     return ((squared + scale**2).sqrt() - scale).mean()
+
+
+def regression_step(model, ema, optimizer, solutions, alpha, sigma, decay):
+    """One step of the student towards the teacher's solutions, `ema` being its UNet's moving average; the loss."""
+    row = torch.randint(len(solutions["clean"]), (128,))
+    conditions = encode(model, solutions["input_ids"][row])
+    prediction = predict_clean(model, solutions["noisy"][row], solutions["timesteps"][row], conditions, alpha, sigma)
+    loss = pseudo_huber(prediction, solutions["clean"][row])
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.unet.parameters(), 1.0)
+    optimizer.step()
+    update_ema(ema, model.unet, decay)
+    return loss
 
 
 class Discriminator(torch.nn.Module):
@@ -126,24 +149,10 @@ def main():
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.unet.parameters(), betas=(0.9, 0.99))
 
-    def encode(ids):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            return model.encode(ids)
-
     def regress(step):
         set_learning_rate(optimizer, learning_rate(5e-4, step, args.regression_steps))
-        row = torch.randint(len(solutions["clean"]), (128,))
-        conditions = encode(solutions["input_ids"][row])
-        prediction = predict_clean(
-            model, solutions["noisy"][row], solutions["timesteps"][row], conditions, alpha, sigma
-        )
-        loss = pseudo_huber(prediction, solutions["clean"][row])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.unet.parameters(), 1.0)
-        optimizer.step()
-        update_ema(ema.unet, model.unet, 0.998 if step > 300 else 0.98)
-        return {"loss": loss}
+        decay = 0.998 if step > 300 else 0.98
+        return {"loss": regression_step(model, ema.unet, optimizer, solutions, alpha, sigma, decay)}
 
     state = {"model": model, "ema": ema, "optimizer": optimizer}
     if not train("regression", state, regress, args.regression_steps, args.max_minutes):
@@ -171,7 +180,7 @@ def main():
         noise = torch.randn_like(drawing)
         first = (timesteps == TIMESTEPS[0]).view(-1, 1, 1, 1)  # the schedule starts at pure noise
         noisy = torch.where(first, noise, alpha[timesteps] * drawing + sigma[timesteps] * noise)
-        conditions = encode(torch.cat([solutions["input_ids"][row], input_ids[kind, concept]]))
+        conditions = encode(model, torch.cat([solutions["input_ids"][row], input_ids[kind, concept]]))
         clean = predict_clean(
             model,
             torch.cat([solutions["noisy"][row], noisy]),
