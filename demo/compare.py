@@ -256,7 +256,7 @@ def measure(args, weights: Path | None, picture: Path) -> dict[str, dict]:
         cells[cell] = {
             "distance": measures.distance.mean().item(),
             "sharpness": measures.sharpness,
-            "share": measures.shares[ARTISTS.index(WINNER)],
+            "share": measures.shares[WINNER],
             "diversity": measures.diversity,
             "rewards": twemoji(images, prompts).tolist(),
         }

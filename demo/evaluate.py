@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from demo.measures import KINDS, Yardstick, to_pixels
-from demo.recipe.common import ARTISTS, DEMO
+from demo.recipe.common import ARTISTS, DEMO, STYLES
 from demo.rewards import twemoji
 from pso_utils.mdp import convert_scheduler
 from pso_utils.rewards import Rewards, load_rewards, parse_rewards
@@ -31,6 +31,7 @@ def parse_args(argv=None):
     parser.add_argument("--scheduler", nargs="+", choices=("lcm", "euler_ancestral"), default=["lcm"])
     parser.add_argument("--steps", type=int, nargs="+", default=[4])
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--ink", action="store_true", help="Hold the samples against the ink drawings too.")
     parser.add_argument("--num_images", type=int, default=440)
     parser.add_argument("--seed", type=int, default=1_000_000, help="Of the noise; training's seeds are far smaller.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluation"))
@@ -92,8 +93,10 @@ def models(args, pipeline):
 
 
 def table(results: list[dict]) -> str:
-    columns = ["model", "scheduler", "steps", "prompts", "distance", "sharpness", "blurred", *ARTISTS, "clip"]
-    columns += ["twemoji reward", "diversity"]
+    columns = ["model", "scheduler", "steps", "prompts", "distance", "sharpness", "blurred", *ARTISTS]
+    if "ink" in results[0]:
+        columns += ["ink", "ink distance", "ink sharpness"]
+    columns += ["clip", "twemoji reward", "diversity"]
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row in results:
         cells = [row.get(column, "") for column in columns]
@@ -105,7 +108,7 @@ def table(results: list[dict]) -> str:
 def main(argv=None):
     args = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    yardstick = Yardstick()
+    yardstick = Yardstick(STYLES if args.ink else ARTISTS)
     concepts = yardstick.concepts(args.num_images)
     clip: Rewards = load_rewards(parse_rewards(["clip"], [str(DEMO / "emoji-clip")]), batch_size=BATCH)
     pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "emoji-turbo")
@@ -126,9 +129,12 @@ def main(argv=None):
                     scores[name, *cell] = rewards
                     row = {"model": name, "scheduler": scheduler, "steps": steps, "prompts": kind}
                     row |= {"distance": measures.distance.mean().item(), "sharpness": measures.sharpness}
-                    row |= {"blurred": measures.blurred.mean().item(), **dict(zip(ARTISTS, measures.shares))}
+                    row |= {"blurred": measures.blurred.mean().item(), **measures.shares}
                     row |= {reward: values.mean().item() for reward, values in rewards.items()}
                     row["diversity"] = measures.diversity
+                    if args.ink:
+                        row["ink distance"] = measures.style_distances[:, STYLES.index("ink")].mean().item()
+                        row["ink sharpness"] = yardstick.ratio_to(to_pixels(images), "ink")
                     if name not in ("base", "teacher"):
                         base = scores["base", *cell]
                         row["paired"] = {reward: paired(values, base[reward]) for reward, values in rewards.items()}
