@@ -25,10 +25,10 @@ setup(
     extras_require={
         # 8-bit Adam and memory-efficient attention
         "gpu": ["bitsandbytes>=0.50", "xformers"],
-        # clip and pickscore need nothing beyond the base; scorers that do will be listed here
-        "rewards": [],
-        # bitsandbytes runs on CPU too, and the tests train with it
-        "test": ["pytest>=9", "ruff>=0.15", "bitsandbytes>=0.50"],
+        # imscore:NAME; clip, pickscore and aesthetic need nothing beyond the base
+        "rewards": ["imscore>=0.0.11", "torchvision"],
+        # bitsandbytes runs on CPU too, and the tests train with it; scipy is what statistics are held against
+        "test": ["pytest>=9", "ruff>=0.15", "bitsandbytes>=0.50", "scipy>=1.15"],
         # draws the artwork for demo/recipe; running the demo needs no extra
         "demo": ["resvg_py>=0.5"],
     },

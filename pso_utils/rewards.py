@@ -12,6 +12,7 @@ One's own reward in a file of one's own needs no registration: `--reward my_modu
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -20,9 +21,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -50,13 +53,19 @@ class RegisteredReward(NamedTuple):
     factory: Callable[[str | None, str | None], Reward]
     default_model: str | None
     check_model: Callable[[str], None] | None
+    check_source: Callable[[str], None] | None = None
+    packages: tuple[str, ...] = ()
 
 
 REWARDS: dict[str, RegisteredReward] = {}
 
 
 def register_reward(
-    name: str, default_model: str | None = None, check_model: Callable[[str], None] | None = None
+    name: str,
+    default_model: str | None = None,
+    check_model: Callable[[str], None] | None = None,
+    check_source: Callable[[str], None] | None = None,
+    packages: tuple[str, ...] = (),
 ) -> Callable:
     """Decorator that registers a factory `(model, cache_dir) -> reward` under `name`.
 
@@ -65,14 +74,16 @@ def register_reward(
         default_model: hub id or folder handed to the factory where `--reward_model` gives none. A reward without a
             default takes no model: its factory gets `None`.
         check_model: early check of a local model folder from its files alone; raises `ValueError`.
+        check_source: early check of what `--reward_model` gives, for a model that is not just a folder or a hub id.
+        packages: what must be installed beside this project's own requirements.
 
-    What the factory returns may have `.to(device)`.
+    What the factory returns may have `.to(device)` and `.to(dtype=dtype)`.
     """
-    if name in REWARDS or "=" in name or ":" in name:
-        raise ValueError(f"cannot register a reward as '{name}': the name is taken or contains '=' or ':'")
+    if name in REWARDS or "=" in name:
+        raise ValueError(f"cannot register a reward as '{name}': the name is taken or contains '='")
 
     def decorator(factory):
-        REWARDS[name] = RegisteredReward(factory, default_model, check_model)
+        REWARDS[name] = RegisteredReward(factory, default_model, check_model, check_source, packages)
         return factory
 
     return decorator
@@ -126,8 +137,41 @@ def _has_processor(model: str, cache_dir: str | None = None) -> bool:
     return has_tokenizer and (has("preprocessor_config.json") or has("processor_config.json"))
 
 
-class CLIPReward:
-    """Cosine similarity of an image's and its prompt's CLIP embeddings, in float32.
+def load_clip(model: str, cache_dir: str | None):
+    """A frozen `CLIPModel` in float32; raises RewardError where the checkpoint lacks weights."""
+    from transformers import CLIPModel  # not at the top: JPEG rewards and one's own do without
+
+    clip, loading = CLIPModel.from_pretrained(model, cache_dir=cache_dir, output_loading_info=True)
+    if loading["missing_keys"]:  # transformers would draw them at random
+        raise RewardError(
+            f"the weights in '{model}' lack {len(loading['missing_keys'])} tensors of a CLIPModel, such as "
+            f"{min(loading['missing_keys'])}: pass a complete one"
+        )
+    return clip.float().eval().requires_grad_(False)
+
+
+class CLIPImages:
+    """A CLIP model's image embeddings [B, D], float32, not normalised."""
+
+    def __init__(self, model: str, processor: str | None = None, cache_dir: str | None = None):
+        from transformers import CLIPImageProcessorPil  # the Pil class, as CLIPImageProcessor needs torchvision
+
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(processor or model, cache_dir=cache_dir)
+        self.model = load_clip(model, cache_dir)
+
+    def to(self, device=None, dtype=None) -> "CLIPImages":
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        pixel_values = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
+        return self.model.get_image_features(pixel_values=pixel_values).pooler_output.float()
+
+
+class CLIPReward(CLIPImages):
+    """Cosine similarity of an image's and its prompt's CLIP embeddings; the model is float32 unless `to` says else.
 
     Prompts are truncated at the text encoder's limit. Scores don't depend on the batch, up to float32 rounding.
 
@@ -142,19 +186,11 @@ class CLIPReward:
     """
 
     def __init__(self, model: str, processor: str | None = None, cache_dir: str | None = None):
-        # not at the top: JPEG rewards and one's own do without; the Pil class, as CLIPImageProcessor needs torchvision
-        from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+        from transformers import AutoTokenizer
 
+        super().__init__(model, processor, cache_dir)
         processor = processor or model
         self.tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir)
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(processor, cache_dir=cache_dir)
-        clip, loading = CLIPModel.from_pretrained(model, cache_dir=cache_dir, output_loading_info=True)
-        if loading["missing_keys"]:  # transformers would draw them at random
-            raise RewardError(
-                f"the weights in '{model}' lack {len(loading['missing_keys'])} tensors of a CLIPModel, such as "
-                f"{min(loading['missing_keys'])}: pass a complete one"
-            )
-        self.model = clip.float().eval().requires_grad_(False)
         self.max_length = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
         self._check_end_of_text(processor)
 
@@ -175,21 +211,16 @@ class CLIPReward:
     def _tokenize(self, prompts: list[str]):
         return self.tokenizer(prompts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
 
-    def to(self, device) -> "CLIPReward":
-        self.model.to(device)
-        return self
-
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
         device = self.model.device
-        pixel_values = self.image_processor([to_rgb(image) for image in images], return_tensors="pt")["pixel_values"]
-        image_embeds = self.model.get_image_features(pixel_values=pixel_values.to(device, torch.float32)).pooler_output
+        image_embeds = self.embed_images(images)
 
         unique_prompts = list(dict.fromkeys(prompts))  # the samples of one prompt share its embedding
         tokens = self._tokenize(unique_prompts).to(device)
         text_embeds = self.model.get_text_features(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-        ).pooler_output
+        ).pooler_output.float()
         prompt_index = torch.tensor([unique_prompts.index(prompt) for prompt in prompts], device=device)
         return F.cosine_similarity(image_embeds, text_embeds[prompt_index], dim=-1)
 
@@ -205,6 +236,131 @@ def pickscore(model: str, cache_dir: str | None) -> Reward:
     """PickScore (arXiv 2305.01569): a CLIP ViT-H tuned on human preferences, without its logit scale of about 100."""
     processor = model if _has_processor(model, cache_dir) else PICKSCORE_PROCESSOR
     return CLIPReward(model, processor, cache_dir)
+
+
+# ---- LAION's aesthetic score ----
+
+AESTHETIC_HEAD = "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"
+AESTHETIC_CLIP = "openai/clip-vit-large-patch14"
+
+
+def split_aesthetic_source(source: str) -> tuple[str, str]:
+    """Splits `HEAD` or `HEAD,CLIP` into the head's and the CLIP model's source."""
+    if os.path.isfile(os.path.expanduser(source)):  # a path may contain ","
+        return source, AESTHETIC_CLIP
+    head, _, clip_model = source.partition(",")
+    return head, clip_model or AESTHETIC_CLIP
+
+
+def check_aesthetic_source(source: str) -> None:
+    head, clip_model = split_aesthetic_source(source)
+    if not os.path.isfile(os.path.expanduser(head)) and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?:[^:]+", head):
+        raise RewardError(
+            f"there is no file '{head}': pass --reward_model aesthetic=HEAD, or aesthetic=HEAD,CLIP, with HEAD the "
+            f"weights of LAION's predictor (a local file or repo:file) and CLIP the model below it ({AESTHETIC_CLIP})"
+        )
+    if os.path.isdir(os.path.expanduser(clip_model)):
+        check_clip_folder(os.path.expanduser(clip_model))
+
+
+class AestheticReward(CLIPImages):
+    """LAION's aesthetic score, about 1 to 10: a head of linear layers, with nothing between them, on CLIP ViT-L/14's
+    image embedding, normalised. One layer is the predictor of LAION-Aesthetics V1, five are V2's (its dropout is off).
+
+    Args:
+        state_dict: the head's `weight` and `bias`, or `layers.0.weight`, ...; the layers in the order of their numbers.
+
+    Raises:
+        RewardError: the layers don't make a number of an embedding of this model.
+    """
+
+    def __init__(self, state_dict: dict[str, Tensor], model: str, cache_dir: str | None = None):
+        super().__init__(model, cache_dir=cache_dir)
+
+        def numbers(name):
+            return [int(number) for number in re.findall(r"\d+", name)]
+
+        names = sorted((name for name in state_dict if name.endswith("weight")), key=numbers)
+        self.layers = [
+            [state_dict[name].float(), state_dict.get(name.removesuffix("weight") + "bias", torch.zeros(1)).float()]
+            for name in names
+        ]
+        shapes = [tuple(weight.shape) for weight, _ in self.layers]
+        widths = [self.model.config.projection_dim, *(shape[0] for shape in shapes)]
+        if shapes != list(zip(widths[1:], widths)) or widths[-1] != 1 or not shapes:
+            raise RewardError(
+                f"the head's layers {shapes} (outputs, inputs) don't make one number of this CLIP's embedding of "
+                f"{widths[0]}: pass the head that was trained on it"
+            )
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        values = F.normalize(self.embed_images(images), dim=-1)
+        for weight, bias in self.layers:
+            values = F.linear(values, weight.to(values), bias.to(values))
+        return values.squeeze(-1)
+
+
+@register_reward("aesthetic", default_model=AESTHETIC_HEAD, check_source=check_aesthetic_source)
+def aesthetic(model: str, cache_dir: str | None) -> Reward:
+    """LAION's aesthetic score: how much people like the image, whatever its prompt."""
+    from pso_utils.sdxl import fetch_file, read_weights, split_source
+
+    head, clip_model = split_aesthetic_source(model)
+    path = fetch_file(*split_source(head), cache_dir)
+    return AestheticReward(read_weights(head, path), os.path.expanduser(clip_model), cache_dir)
+
+
+# ---- The scorers of the imscore package ----
+
+IMSCORE = {  # class: its module in imscore, and its weights
+    "CLIPAestheticScorer": ("aesthetic", "RE-N-Y/imreward-overall_rating-clip"),
+    "CLIPPreferenceScorer": ("preference", "RE-N-Y/pickscore-clip"),
+    "CLIPScore": ("preference", "RE-N-Y/clipscore-vit-large-patch14"),
+    "CycleReward": ("cyclereward", "NagaSaiAbhinay/CycleReward-Combo"),
+    "Dinov2AestheticScorer": ("aesthetic", "RE-N-Y/imreward-overall_rating-dinov2"),
+    "EvalMuse": ("evalmuse", "RE-N-Y/evalmuse"),
+    "HPSv2": ("hps", "RE-N-Y/hpsv21"),
+    "HPSv3": ("hpsv3", "RE-N-Y/hpsv3"),
+    "ImageReward": ("imreward", "RE-N-Y/ImageReward"),
+    "LAIONAestheticScorer": ("aesthetic", "RE-N-Y/laion-aesthetic"),
+    "MPS": ("mps", "RE-N-Y/mpsv1"),
+    "PickScorer": ("pickscore", "RE-N-Y/pickscore"),
+    "ShadowAesthetic": ("aesthetic", "RE-N-Y/aesthetic-shadow-v2"),
+    "SiglipAestheticScorer": ("aesthetic", "RE-N-Y/imreward-overall_rating-siglip"),
+    "SiglipPreferenceScorer": ("preference", "RE-N-Y/pickscore-siglip"),
+    "VQAScore": ("vqascore", "RE-N-Y/clip-t5-xxl"),
+}
+
+
+class ImscoreReward:
+    """A scorer of imscore: `score(pixels [B, 3, H, W] in [0, 1], prompts)` to logits [B] or [B, 1]."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model.eval().requires_grad_(False)
+
+    def to(self, device=None, dtype=None) -> "ImscoreReward":
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        if len({image.size for image in images}) > 1:  # no common tensor
+            return torch.cat([self([image], [prompt]) for image, prompt in zip(images, prompts)])
+        parameter = next(self.model.parameters())
+        pixels = torch.from_numpy(np.stack([np.asarray(to_rgb(image)) for image in images])).permute(0, 3, 1, 2)
+        scores = self.model.score(pixels.to(parameter.device, parameter.dtype) / 255, prompts).float()
+        return scores.reshape(len(images)) if scores.numel() == len(images) else scores
+
+
+def imscore(name: str, model: str, cache_dir: str | None) -> Reward:
+    """The scorer `imscore:NAME`."""
+    scorer = getattr(importlib.import_module(f"imscore.{IMSCORE[name][0]}.model"), name)
+    return ImscoreReward(scorer.from_pretrained(model, cache_dir=cache_dir))
+
+
+for _name, (_, _weights) in IMSCORE.items():
+    register_reward(f"imscore:{_name}", _weights, packages=("imscore", "torchvision"))(partial(imscore, _name))
 
 
 # ---- JPEG size ----
@@ -252,18 +408,33 @@ def parse_rewards(specs: Sequence[str], reward_model: Sequence[str] | None = Non
         if name in weights:
             raise RewardError(f"reward '{name}' is given twice: pass it once, with one weight")
         if name not in REWARDS:
-            if ":" not in name:
+            if ":" not in name or name.startswith("imscore:"):
                 raise RewardError(
-                    f"unknown reward '{name}'{_did_you_mean(name, REWARDS)} Pass one of {', '.join(sorted(REWARDS))}, "
-                    "or module:function for your own"
+                    f"unknown reward '{name}'{_did_you_mean(name, REWARDS)} Pass one of {_known_rewards()}, or "
+                    "module:function for your own"
                 )
             import_reward(name)
+        else:
+            _check_packages(name)
         weights[name] = _parse_weight(name, weight) if separator else 1.0
     if not weights:
-        raise RewardError(f"no reward is given: pass --reward with one of {', '.join(sorted(REWARDS))}")
+        raise RewardError(f"no reward is given: pass --reward with one of {_known_rewards()}")
 
     models = _parse_models(reward_model or [], list(weights))
     return [RewardSpec(name, weight, models.get(name)) for name, weight in weights.items()]
+
+
+def _known_rewards() -> str:
+    return ", ".join([*sorted(name for name in REWARDS if ":" not in name), f"imscore:NAME ({', '.join(IMSCORE)})"])
+
+
+def _check_packages(name: str) -> None:
+    missing = [package for package in REWARDS[name].packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RewardError(
+            f"reward '{name}' needs {' and '.join(missing)}, not installed here: run "
+            f"`pip install {' '.join(REWARDS[name].packages)}`"
+        )
 
 
 def _parse_weight(name: str, text: str) -> float:
@@ -312,6 +483,12 @@ def _no_model(names: list[str]) -> str:
 
 def _check_model(name: str, model: str) -> str:
     path = os.path.expanduser(model)
+    if REWARDS[name].check_source is not None:
+        try:
+            REWARDS[name].check_source(model)
+        except ValueError as error:
+            raise RewardError(f"reward '{name}': {error}") from error
+        return model
     if os.path.isdir(path):
         if REWARDS[name].check_model is not None:
             try:
@@ -479,9 +656,14 @@ def _describe(result) -> str:
 
 
 def load_rewards(
-    specs: Sequence[RewardSpec], device="cpu", cache_dir: str | None = None, batch_size: int = 8
+    specs: Sequence[RewardSpec],
+    device="cpu",
+    cache_dir: str | None = None,
+    batch_size: int = 8,
+    dtype: torch.dtype | None = None,
 ) -> Rewards:
-    """Loads the rewards that `parse_rewards` has checked, and moves them to `device`.
+    """Loads the rewards that `parse_rewards` has checked, and moves them to `device`; those with a model to `dtype`,
+    if it is given. Scores are float32 all the same.
 
     Raises:
         RewardError: a model cannot be loaded.
@@ -492,7 +674,7 @@ def load_rewards(
             rewards.append(import_reward(spec.name))
             continue
         try:
-            rewards.append(REWARDS[spec.name].factory(spec.model, cache_dir))
+            reward = REWARDS[spec.name].factory(spec.model, cache_dir)
         except RewardError as error:
             raise RewardError(f"reward '{spec.name}': {error}") from error
         except Exception as error:
@@ -501,6 +683,9 @@ def load_rewards(
             raise RewardError(
                 f"reward '{spec.name}': {what}: {type(error).__name__}: {_first_line(error)}{hint}"
             ) from error
+        if dtype is not None and hasattr(reward, "to"):
+            reward.to(dtype=dtype)
+        rewards.append(reward)
     return Rewards(rewards, specs, batch_size).to(device)
 
 

@@ -55,7 +55,7 @@ def split_source(source: str) -> tuple[str, str | None]:
     return location, filename
 
 
-def _fetch(location: str, filename: str, cache_dir: str | None = None) -> str:
+def fetch_file(location: str, filename: str, cache_dir: str | None = None) -> str:
     """The local path of a file in a folder or a hub repository; raises ValueError where there is none."""
     if Path(location).is_dir():
         path = Path(location, filename)
@@ -72,7 +72,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _check_exists(source: str, flag: str) -> None:
+def check_exists(source: str, flag: str) -> None:
     """A path that is not there is an error; what may be a hub id (`name` or `user/name`) is left to the hub."""
     if Path(source).expanduser().exists():
         return
@@ -89,7 +89,7 @@ def _weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
         raise ValueError(f"{path} is not a readable .safetensors file ({_first_line(error)})") from error
 
 
-def _empty_unet(config: dict) -> UNet2DConditionModel:
+def empty_unet(config: dict) -> UNet2DConditionModel:
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
 
@@ -131,7 +131,7 @@ def check_model_source(
         ValueError: a path is missing, the folder is not an SDXL pipeline, a file has an unknown extension or an
             unreadable header, or a local .safetensors UNet has not the base model's keys and shapes.
     """
-    _check_exists(pretrained_model_name_or_path, "--pretrained_model_name_or_path")
+    check_exists(pretrained_model_name_or_path, "--pretrained_model_name_or_path")
     base, base_config = Path(pretrained_model_name_or_path).expanduser(), None
     if base.exists():
         if not (base / "model_index.json").is_file():
@@ -146,7 +146,7 @@ def check_model_source(
             )
         base_config = UNet2DConditionModel.load_config(str(base), subfolder="unet")
     if vae is not None:
-        _check_exists(vae, "--pretrained_vae_model_name_or_path")
+        check_exists(vae, "--pretrained_vae_model_name_or_path")
         if Path(vae).exists() and not Path(vae, "config.json").is_file():
             raise ValueError(
                 f"--pretrained_vae_model_name_or_path: {vae} has no config.json; pass an AutoencoderKL's folder"
@@ -155,7 +155,7 @@ def check_model_source(
         if source is None:
             continue
         location, filename = split_source(source)
-        _check_exists(location, flag)
+        check_exists(location, flag)
         if filename is None:
             if flag == "--distilled_unet" and Path(location).is_dir():
                 if not Path(location, "config.json").is_file():
@@ -166,17 +166,17 @@ def check_model_source(
         if not filename.endswith(WEIGHT_SUFFIXES):
             raise ValueError(f"{flag}: {source} is neither {' nor '.join(WEIGHT_SUFFIXES)}; pass one of these")
         if Path(location).is_dir():
-            path = _fetch(location, filename)
+            path = fetch_file(location, filename)
             if filename.endswith(".safetensors"):
                 shapes = _weight_shapes(path)
                 if flag == "--distilled_unet" and base_config is not None:
-                    _check_state_dict(source, _empty_unet(base_config), shapes)
+                    _check_state_dict(source, empty_unet(base_config), shapes)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def _read_weights(source: str, path: str) -> dict[str, torch.Tensor]:
+def read_weights(source: str, path: str) -> dict[str, torch.Tensor]:
     if path.endswith(".safetensors"):
         _weight_shapes(path)
         return load_file(path)
@@ -195,8 +195,8 @@ def _load_distilled_unet(source: str, base_config: dict, weight_dtype: torch.dty
         unet = UNet2DConditionModel.from_pretrained(location, dtype=weight_dtype, cache_dir=cache_dir)
         _check_unet_config(source, unet.config, base_config)
         return unet
-    state_dict = _read_weights(source, _fetch(location, filename, cache_dir))
-    unet = _empty_unet(base_config)
+    state_dict = read_weights(source, fetch_file(location, filename, cache_dir))
+    unet = empty_unet(base_config)
     _check_state_dict(source, unet, {key: tuple(value.shape) for key, value in state_dict.items()})
     unet.load_state_dict({key: value.to(weight_dtype) for key, value in state_dict.items()}, assign=True)
     return unet

@@ -6,17 +6,20 @@ import json
 import math
 import os
 import sys
+import types
 from importlib.machinery import PathFinder
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from pso_utils import rewards as rewards_module
 from pso_utils.rewards import (
+    IMSCORE,
     REWARDS,
     CLIPReward,
     RewardError,
@@ -211,6 +214,150 @@ def test_incomplete_weights_are_an_error(clip_dir, tmp_path):
     with pytest.raises(RewardError) as info:
         load_rewards(parse_rewards(["clip"], [folder]))
     assert "lack 1 tensors" in one_line(info) and "text_projection.weight" in one_line(info)
+
+
+def test_a_reward_model_in_half_precision_scores_close_to_float32(clip_dir):
+    images, specs = make_images(3), parse_rewards(["clip", "jpeg_compressibility"], [clip_dir])
+    half, full = load_rewards(specs, dtype=torch.bfloat16), load_rewards(specs)
+    assert half.rewards[0].model.dtype == torch.bfloat16
+    scores = half(images, PROMPTS[:3])
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, full(images, PROMPTS[:3]), rtol=0, atol=3e-2)
+
+
+# ---- Aesthetic ----
+
+LINEAR_HEAD = {"weight": (1, 8), "bias": (1,)}
+LAYERS = zip((0, 2, 4, 6, 7), ((8, 16), (16, 12), (12, 6), (6, 4), (4, 1)))  # as published, with dropout at 1, 3, 5
+DEEP_HEAD = {
+    f"layers.{number}.{name}": shape
+    for number, (width, outputs) in LAYERS
+    for name, shape in {"weight": (outputs, width), "bias": (outputs,)}.items()
+}
+
+
+def save_head(path, shapes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    head = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file(head, path) if path.suffix == ".safetensors" else torch.save(head, path)
+    return head
+
+
+@pytest.mark.parametrize("shapes", [LINEAR_HEAD, DEEP_HEAD], ids=["linear", "perceptron"])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_aesthetic_is_the_published_formula(clip_dir, tmp_path, shapes, suffix):
+    path = tmp_path / f"sac+logos+ava1{suffix}"
+    head = save_head(path, shapes)
+    images = make_images(3) + [make_images(1, seed=9)[0].convert("RGBA")]
+    scores = load_rewards(parse_rewards(["aesthetic"], [f"aesthetic={path},{clip_dir}"]))(images, [""] * 4)[0]
+
+    model = CLIPModel.from_pretrained(clip_dir).eval()
+    rgb = [image.convert("RGB") for image in images]
+    pixel_values = CLIPImageProcessorPil.from_pretrained(clip_dir)(rgb, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        embedding = model.visual_projection(model.vision_model(pixel_values).pooler_output)
+        values = embedding / embedding.norm(dim=-1, keepdim=True)
+        if shapes is LINEAR_HEAD:
+            expected = values @ head["weight"].T + head["bias"]
+        else:
+            perceptron = torch.nn.Sequential(
+                torch.nn.Linear(8, 16), torch.nn.Dropout(0.2), torch.nn.Linear(16, 12), torch.nn.Dropout(0.2),
+                torch.nn.Linear(12, 6), torch.nn.Dropout(0.1), torch.nn.Linear(6, 4), torch.nn.Linear(4, 1),
+            )  # fmt: skip
+            perceptron.load_state_dict({name.removeprefix("layers."): value for name, value in head.items()})
+            expected = perceptron.eval()(values)
+    torch.testing.assert_close(scores, expected.squeeze(1), rtol=1e-4, atol=1e-4)
+    assert scores.unique().numel() == 4
+
+
+@pytest.mark.parametrize(
+    "source, part",
+    [
+        ("nowhere.pth", "no file 'nowhere.pth'"),
+        ("some/repository", "aesthetic=HEAD,CLIP"),  # which of its files is the head?
+        ("{head},{folder}", "has no config.json"),
+    ],
+)
+def test_a_missing_part_of_aesthetic_is_found_before_loading(tmp_path, source, part):
+    save_head(tmp_path / "head.pth", LINEAR_HEAD)
+    with pytest.raises(RewardError) as info:
+        parse_rewards(["aesthetic"], [f"aesthetic={source.format(head=tmp_path / 'head.pth', folder=tmp_path)}"])
+    assert part in one_line(info) and "reward 'aesthetic'" in one_line(info)
+
+
+def test_a_head_of_another_clip_is_an_error(clip_dir, tmp_path):
+    save_head(tmp_path / "head.pth", {"weight": (1, 768), "bias": (1,)})
+    with pytest.raises(RewardError) as info:
+        load_rewards(parse_rewards(["aesthetic"], [f"aesthetic={tmp_path / 'head.pth'},{clip_dir}"]))
+    assert "(1, 768)" in one_line(info) and "embedding of 8" in one_line(info)
+
+
+def test_aesthetic_takes_a_file_of_the_hub():
+    assert parse_rewards(["aesthetic"])[0].model == "trl-lib/ddpo-aesthetic-predictor:aesthetic-model.pth"
+    assert parse_rewards(["aesthetic"], ["a/b:c.pth,d/e"])[0].model == "a/b:c.pth,d/e"
+
+
+# ---- imscore ----
+
+
+class StandIn(torch.nn.Module):
+    """The interface of imscore's scorers; brightness, so that the range of the pixels matters."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source, self.weight = source, torch.nn.Parameter(torch.ones(()))
+
+    @classmethod
+    def from_pretrained(cls, source, cache_dir=None):
+        return cls(source)
+
+    def score(self, pixels, prompts):
+        assert not self.training and len(pixels) == len(prompts) and 0 <= pixels.min() <= pixels.max() <= 1
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return (self.weight * pixels.mean(dim=(1, 2, 3)) + lengths)[:, None]  # [B, 1], as ImageReward's
+
+
+@pytest.fixture
+def imscore(monkeypatch):
+    """Stands where `imscore.hps.model` would, with everything found that the real ones need."""
+    module = types.ModuleType("imscore.hps.model")
+    module.HPSv2 = StandIn
+    for name in ("imscore", "imscore.hps", "torchvision"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "imscore.hps.model", module)
+    find_spec = rewards_module.importlib.util.find_spec
+    known = ("imscore", "torchvision")
+    monkeypatch.setattr(
+        rewards_module.importlib.util, "find_spec", lambda name, *rest: name in known or find_spec(name, *rest)
+    )
+
+
+def test_imscore_is_given_pixels_from_0_to_1_and_its_logits_are_the_scores(imscore):
+    (spec,) = specs = parse_rewards(["imscore:HPSv2=2"])
+    assert spec == RewardSpec("imscore:HPSv2", 2.0, "RE-N-Y/hpsv21")
+    rewards = load_rewards(specs)
+    assert rewards.rewards[0].model.source == "RE-N-Y/hpsv21"
+    images = [Image.new("RGB", (8, 8), (51, 51, 51)), Image.new("RGBA", (8, 8), (0, 0, 0, 0))]
+    torch.testing.assert_close(rewards(images, ["", "ab"]), torch.tensor([[0.2, 3.0]]))  # transparent is white
+    images[1] = images[1].resize((16, 8))  # of another size
+    torch.testing.assert_close(rewards(images, ["", "ab"]), torch.tensor([[0.2, 3.0]]))
+    own = parse_rewards(["imscore:HPSv2"], ["imscore:HPSv2=me/mine"])
+    assert load_rewards(own, dtype=torch.bfloat16).rewards[0].model.weight.dtype == torch.bfloat16
+    assert own[0].model == "me/mine"
+
+
+def test_a_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(rewards_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RewardError) as info:
+        parse_rewards(["imscore:ImageReward"])
+    assert "needs imscore and torchvision" in one_line(info) and "pip install imscore torchvision" in one_line(info)
+
+
+def test_every_scorer_of_imscore_is_known_and_no_other():
+    assert {f"imscore:{name}" for name in IMSCORE} <= REWARDS.keys()
+    with pytest.raises(RewardError) as info:
+        parse_rewards(["imscore:HPS2"])
+    assert "did you mean 'imscore:HPSv2'?" in one_line(info)
 
 
 # ---- JPEG ----
