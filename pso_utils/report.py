@@ -49,9 +49,13 @@ def interval(score: dict) -> str:
     return f"[{number(low, error, sign=True)}, {number(high, error, sign=True)}]"
 
 
-def label_of(name: str) -> str:
-    """A measure's short name: of `module:function` and `imscore:NAME` the latter part."""
-    return name.rpartition(":")[2]
+def labels_of(results: dict) -> dict[str, str]:
+    """Measure -> its heading: of `module:function` and `imscore:NAME` the latter part, where that is enough to tell
+    them apart; with an arrow down where lower is better."""
+    names = [measure["name"] for measure in results["measures"]]
+    short = [name.rpartition(":")[2] for name in names]
+    arrows = ["" if measure["higher_is_better"] else " ↓" for measure in results["measures"]]
+    return {name: (end if short.count(end) == 1 else name) + arrow for name, end, arrow in zip(names, short, arrows)}
 
 
 def steps_label(steps: str) -> str:
@@ -64,22 +68,29 @@ def percent(value: float | None) -> str:
 
 def notes(results: dict) -> list[str]:
     """What a reader of the numbers must know, failures first."""
-    rewards = [measure["name"] for measure in results["measures"] if measure["kind"] == "reward"]
-    lines = []
-    for row in results["rows"]:
-        for name in rewards:
-            if failed := row["scores"][name]["failed"]:
-                lines.append(
-                    f"{label_of(name)} failed on {failed} of {failed + row['scores'][name]['count']} images of "
-                    f"{row['model']}, {steps_label(row['steps'])}: they are left out, in gains and wins with their "
-                    "partners."
-                )
+    lines, labels = [], labels_of(results)
+    for measure in results["measures"]:
+        scores = [row["scores"][measure["name"]] for row in results["rows"]]
+        failed = [score["failed"] for score in scores]
+        if measure["kind"] != "data" and any(failed):  # of the data's, a single image has no diversity: no failure
+            where = "; ".join(
+                f"{row['model']}, {steps_label(row['steps'])}: {count}"
+                for row, count in zip(results["rows"], failed)
+                if count
+            )
+            lines.append(
+                f"{labels[measure['name']]} failed on {sum(failed)} of "
+                f"{sum(failed) + sum(score['count'] for score in scores)} images ({where}): they are left out, in "
+                "gains and wins with their partners."
+            )
     drawn = f"Prompts: {results['num_prompts']}, images of each: {results['images_per_prompt']}; every model draws from"
     scored = (
         "Mean ± standard error over prompts; gain: the mean difference to the base from the same noise, with its 95% "
         "bootstrap interval over prompts; wins: the share of images that score better than the base's, a tie counting "
         "half. "
     )
+    if not all(measure["higher_is_better"] for measure in results["measures"]):
+        scored += "↓: lower is better. "
     time = "Time: drawing and decoding on one process, its median."
     lines.append(f"{drawn} the same noise. {scored if results['measures'] else ''}{time}")
     return lines
@@ -90,9 +101,9 @@ def notes(results: dict) -> list[str]:
 
 def markdown_table(results: dict) -> str:
     names = [measure["name"] for measure in results["measures"]]
-    header, lines = ["model", "steps"], []
+    labels, header, lines = labels_of(results), ["model", "steps"], []
     for name in names:
-        header += [label_of(name), "gain", "wins"]
+        header += [labels[name], "gain", "wins"]
     for row in results["rows"]:
         cells = [row["model"], row["steps"]]
         for name in names:
@@ -148,14 +159,23 @@ def steps_plot(results: dict) -> Image.Image:
     error; drawn at twice the size that it is shown at."""
     models = list(dict.fromkeys(row["model"] for row in results["rows"]))
     steps = list(dict.fromkeys(row["steps"] for row in results["rows"]))
-    width, height, left, top, bottom, legend, columns = 520, 360, 150, 70, 80, 50, 3
-    panels = [measure["name"] for measure in results["measures"]]
-    columns = min(columns, len(panels))
+    width, height, left, top, bottom, line, columns = 620, 400, 150, 70, 80, 40, 3
+    labels = labels_of(results)
+    columns = min(columns, len(labels))
     cell_width, cell_height = left + width + 40, top + height + bottom
-    picture = Image.new("RGB", (columns * cell_width, -(-len(panels) // columns) * cell_height + legend), "white")
-    draw, font, bold = ImageDraw.Draw(picture), ImageFont.load_default(size=24), ImageFont.load_default(size=28)
+    font, bold = ImageFont.load_default(size=24), ImageFont.load_default(size=28)
+    places, x, y = [], left, -(-len(labels) // columns) * cell_height  # of the models in the legend
+    names = [shorten(model, cell_width - left - 60, font) for model in models]
+    for name in names:
+        entry = 60 + int(font.getlength(name))
+        if x > left and x + entry > columns * cell_width:
+            x, y = left, y + line
+        places.append((x, y))
+        x += entry
+    picture = Image.new("RGB", (columns * cell_width, y + line + 10), "white")
+    draw = ImageDraw.Draw(picture)
 
-    for index, name in enumerate(panels):
+    for index, name in enumerate(labels):
         x0, y0 = index % columns * cell_width + left, index // columns * cell_height + top
         scores = {(row["model"], row["steps"]): row["scores"][name] for row in results["rows"]}
         scores = {key: score for key, score in scores.items() if score["mean"] is not None}
@@ -170,7 +190,8 @@ def steps_plot(results: dict) -> Image.Image:
             x = x0 + (steps.index(step) + 0.5) / len(steps) * width
             return x, y0 + (high - value) / (high - low) * height
 
-        draw.text((x0, y0 - 48), shorten(label_of(name), width, bold), fill="black", font=bold)
+        title = labels[name].replace(" ↓", " (lower is better)")  # Pillow's font has no arrows
+        draw.text((x0, y0 - 48), shorten(title, width, bold), fill="black", font=bold)
         for value, text in ticks(low, high):
             y = place(steps[0], value)[1]
             draw.line((x0, y, x0 + width, y), fill="#e3e6ea", width=2)
@@ -190,11 +211,9 @@ def steps_plot(results: dict) -> Image.Image:
                 bar = [place(step, score["mean"] + side * error)[1] for side in (-1, 1)]
                 draw.line((x, bar[0], x, bar[1]), fill=color, width=3)
                 draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=color)
-    x, y = left, picture.height - legend
-    for number_, model in enumerate(models):
+    for number_, (name, (x, y)) in enumerate(zip(names, places)):
         draw.ellipse((x, y + 6, x + 18, y + 24), fill=COLORS[number_ % len(COLORS)])
-        draw.text((x + 28, y), model, fill="black", font=font)
-        x += 60 + int(font.getlength(model))
+        draw.text((x + 28, y), name, fill="black", font=font)
     return picture
 
 
@@ -234,7 +253,10 @@ def html_report(
         {"name": measure["name"], "sign": 1 if measure["higher_is_better"] else -1} for measure in results["measures"]
     ]
     figures = "".join(_figure(steps_label(steps), data_uri(grid)) for steps, grid in grids.items())
-    plot_section = "" if plot is None else f"<h2>By number of steps</h2><img class=plot alt=plot src={data_uri(plot)}>"
+    plot_section = ""
+    if plot is not None:  # it is drawn at twice its size
+        image = f'<img class=plot alt="the scores against the steps" width={plot.width // 2} src="{data_uri(plot)}">'
+        plot_section = f"<h2>By number of steps</h2>{image}"
     cards = "".join(
         _card(index, prompt, {steps: {m: pictures(steps, m, index) for m in models} for steps in grids})
         for index, prompt in enumerate(prompts)
@@ -253,7 +275,7 @@ def html_report(
         data=data,
         steps_options=_options(list(grids), len(grids) - 1),
         model_options=_options(models[1:], len(models) - 2),
-        measure_options=_options([measure["name"] for measure in measures], 0, label_of),
+        measure_options=_options([measure["name"] for measure in measures], 0, labels_of(results).get),
         compare_hidden="" if len(models) > 1 and measures else "hidden",
         score_hidden="" if measures else "hidden",
     )
@@ -268,11 +290,11 @@ def _options(names: list[str], selected: int, label: Callable[[str], str] = str)
 
 
 def _figure(caption: str, source: str) -> str:
-    return f'<figure><figcaption>{html.escape(caption)}</figcaption><img alt="" src={source}></figure>'
+    return f'<figure><figcaption>{html.escape(caption)}</figcaption><img alt="" src="{source}"></figure>'
 
 
 def _html_table(results: dict) -> str:
-    head = "".join(f"<th>{html.escape(label_of(measure['name']))}</th>" for measure in results["measures"])
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels_of(results).values())
     head += "".join(f"<th>{label}</th>" for label in TIMINGS.values())
     lines, previous = [], None
     for row in results["rows"]:
@@ -308,15 +330,16 @@ def _card(index: int, prompt: str, pictures: dict[str, dict[str, list[Image.Imag
     for steps, by_model in pictures.items():
         figures = ""
         for model, images in by_model.items():
-            tiles = "".join(f'<img alt="" src={data_uri(image, largest=256)}>' for image in images)
+            tiles = "".join(f'<img alt="" src="{data_uri(image, largest=256)}">' for image in images)
             name = html.escape(model, quote=True)
             figures += (
                 f'<figure data-model="{name}"><div class="tiles n{min(len(images), 2)}">{tiles}</div>'
-                f"<figcaption>{name} <span class=score></span></figcaption></figure>"
+                f"<figcaption title='{name}'><span>{name}</span> <span class=score></span></figcaption></figure>"
             )
         strips += f'<div class=strip data-steps="{html.escape(steps, quote=True)}">{figures}</div>'
-    title = html.escape(prompt or "(no prompt)")
-    return f"<article data-index={index}><h3><span>{title}</span><span class=badge></span></h3>{strips}</article>"
+    title = html.escape(prompt or "(no prompt)", quote=True)
+    heading = f'<h3><span title="{title}">{title}</span><span class=badge></span></h3>'
+    return f"<article data-index={index}>{heading}{strips}</article>"
 
 
 PAGE = """<!DOCTYPE html>
@@ -350,9 +373,10 @@ tbody tr:first-child > * { border-top: 0; } tbody tr:not(.first) th { color: tra
 .gain span { opacity: .75; }
 .better { color: var(--good); background: var(--good-back); } .worse { color: var(--bad); background: var(--bad-back); }
 .even { background: var(--even-back); }
-figure { margin: 0; } .plot { max-width: 100%; border-radius: 10px; border: 1px solid var(--line); zoom: .5; }
-.grids { display: flex; flex-wrap: wrap; gap: 16px 24px; } .grids figure { max-width: 100%; overflow-x: auto; }
-.grids img { border-radius: 8px; border: 1px solid var(--line); }
+figure { margin: 0; }
+.plot { max-width: 100%; height: auto; border-radius: 10px; border: 1px solid var(--line); }
+.grids { display: flex; flex-wrap: wrap; gap: 16px 24px; } .grids figure { max-width: 100%; }
+.grids img { max-width: 100%; border-radius: 8px; border: 1px solid var(--line); }
 figcaption { font-size: 13px; color: var(--dim); padding: 2px 0 4px; }
 .controls { display: flex; flex-wrap: wrap; gap: 10px 18px; position: sticky; top: 0; padding: 10px 0; z-index: 1;
   background: var(--page); border-bottom: 1px solid var(--line); margin-bottom: 16px; }
@@ -363,14 +387,18 @@ select { font: inherit; color: var(--text); background: var(--card); border: 1px
 article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 14px;
   min-width: 0; }
 h3 { font-size: 14px; margin: 0 0 8px; font-weight: 600; display: flex; gap: 10px; justify-content: space-between; }
-h3 span:first-child { overflow-wrap: anywhere; } .badge { border-radius: 5px; padding: 0 7px; font-weight: 500;
+h3 span:first-child { overflow: hidden; overflow-wrap: anywhere; display: -webkit-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 3; }
+.badge { border-radius: 5px; padding: 0 7px; font-weight: 500;
   white-space: nowrap; align-self: flex-start; }
-.strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(108px, 1fr)); gap: 10px; }
+.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(108px, 1fr)); gap: 10px; }
+.strip figure { max-width: 260px; min-width: 0; }
 .strip[hidden] { display: none; }
 .tiles { display: grid; gap: 3px; } .tiles.n2 { grid-template-columns: 1fr 1fr; }
 .tiles img { width: 100%; display: block; border-radius: 5px; }
 .tiles img.tiny { image-rendering: pixelated; }
-.strip figcaption { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+.strip figcaption { white-space: nowrap; display: flex; gap: 6px; }
+.strip figcaption span:first-child { overflow: hidden; text-overflow: ellipsis; }
 .score { color: var(--text); font-variant-numeric: tabular-nums; }
 </style>
 </head>

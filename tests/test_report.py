@@ -77,13 +77,34 @@ def test_ticks_are_round_numbers_inside():
 
 def test_the_markdown_table_has_a_row_for_each_model_and_number_of_steps(results):
     lines = report.markdown_table(results).splitlines()
-    assert lines[0] == "| model | steps | clip | gain | wins | own | gain | wins | images/s | s/image |"
+    assert lines[0] == "| model | steps | clip | gain | wins | own ↓ | gain | wins | images/s | s/image |"
     assert lines[2] == "| base | 1 | 0.500 ± 0.012 |  |  | -3.000 ± 0.012 |  |  | 2 | 0.5 |"
     assert "+0.050 [+0.030, +0.070] | 75%" in lines[5]
     assert {line.count("|") for line in lines[:6]} == {11}  # the "|" in a name is no cell's end
     failed = copy.deepcopy(results)
     failed["rows"][3]["scores"]["clip"] |= {"failed": 1, "count": 3}
-    assert "clip failed on 1 of 4 images of tuned|<i>, 4 steps" in report.markdown_table(failed)
+    assert "clip failed on 1 of 16 images (tuned|<i>, 4 steps: 1)" in report.markdown_table(failed)
+
+
+def test_rewards_with_one_name_are_told_apart_and_lower_is_better_is_said(results):
+    assert report.labels_of(results) == {"clip": "clip", "my:own": "own ↓"}
+    assert "↓: lower is better" in report.markdown_table(results)
+    for measure, name in zip(results["measures"], ("my:clip", "your:clip")):
+        measure["name"], measure["higher_is_better"] = name, True
+    assert report.labels_of(results) == {"my:clip": "my:clip", "your:clip": "your:clip"}
+
+
+def test_the_plots_legend_names_every_model_however_many_there_are(results):
+    few = report.steps_plot(results)
+    for index in range(8):
+        rows = [row for row in results["rows"] if row["model"] == "base"]
+        results["rows"] += [row | {"model": f"a model with a long name, number {index}"} for row in rows]
+    picture = report.steps_plot(results)
+    assert picture.width == few.width and picture.height > few.height
+    shown = {color for _, color in picture.getcolors(picture.width * picture.height)}
+    assert {tuple(bytes.fromhex(color[1:])) for color in report.COLORS} <= shown
+    last = picture.crop((0, picture.height - 50, picture.width, picture.height))  # its last line is a legend's, inside
+    assert last.getbbox() and last.crop((last.width - 20, 0, last.width, 50)).getextrema() == ((255, 255),) * 3
 
 
 def test_what_cannot_be_told_is_a_dash(results):
@@ -95,7 +116,7 @@ def test_what_cannot_be_told_is_a_dash(results):
 
 def test_the_page_holds_everything_and_asks_for_nothing(page):
     assert not re.search(r"""(src|href|action|url\(|import)\s*[=(]?\s*["']?(https?:|//|\.|/)""", page)
-    sources = re.findall(r"src=(\S+?)[> ]", page)
+    sources = re.findall(r'src="(\S+?)"', page)
     assert len(sources) == 2 + 1 + 2 * 2 * 4 and all(source.startswith("data:image/") for source in sources)
     assert "default-src 'none'" in page and page.count("<script>") == page.count("</script>") == 1
     assert "<b>panda" not in page and "a red &lt;b&gt;panda" in page and "base &amp; &lt;tuned&gt;" in page
