@@ -11,6 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pso_utils import score_statistics
 from pso_utils.sdxl import lora_disabled
 
 
@@ -115,7 +116,7 @@ class Validation:
             self.before = self.after
         state.validated_step = step = state.global_step
         if self.rewards.names:
-            self.values = summarize_scores(self.rewards.names, self.rewards.weights, scores)
+            self.values = summarize_scores(self.rewards.names, self.rewards.weights, scores, self.num_images)
             self.log(step, self.values)
         if self.accelerator.is_main_process:
             grid = image_grid(self.after, self.num_images)
@@ -141,20 +142,24 @@ class Validation:
         return [("before and after", "before_after.png")]
 
 
-def summarize_scores(names: Sequence[str], weights: Tensor, scores: Tensor) -> dict[str, float]:
-    """Mean and standard error over the images of the weighted sum of the rewards, and of each where there are several.
+def summarize_scores(names: Sequence[str], weights: Tensor, scores: Tensor, num_images: int) -> dict[str, float]:
+    """Mean and standard error of the weighted sum of the rewards, and of each where there are several: over prompts, as
+    in the evaluation's tables, or where there is only one, over its images.
 
     Args:
-        scores: [R, B].
+        scores: [R, B], `num_images` of each prompt after each other.
     """
     rows = {"validation/reward": (weights[:, None] * scores).sum(dim=0)}
     if len(names) > 1:
         rows |= {f"validation/{name}": row for name, row in zip(names, scores)}
+    images = np.arange(scores.shape[1])
+    prompts = images // num_images if len(images) > num_images else images
     values = {}
     for name, row in rows.items():
-        values[f"{name}_mean"] = row.mean().item()
-        if len(row) > 1:
-            values[f"{name}_standard_error"] = row.std().item() / len(row) ** 0.5
+        summary = score_statistics.summarize(row.double().numpy(), prompts)
+        values[f"{name}_mean"] = summary["mean"]
+        if math.isfinite(summary["standard_error"]):
+            values[f"{name}_standard_error"] = summary["standard_error"]
     return values
 
 
@@ -205,7 +210,8 @@ def before_and_after(
 
 
 def shorten(text: str, width: int, font) -> str:
-    """`text` cut to `width` pixels."""
+    """`text` in one line, cut to `width` pixels."""
+    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from pso_utils import validation
 from pso_utils.score_statistics import bootstrap_interval, compare, mean, standard_error, summarize
 
 
@@ -90,3 +92,17 @@ def test_what_one_prompt_cannot_tell_is_not_a_number():
     assert math.isnan(standard_error(np.array([1.0, 2.0]), np.array([0, 0])))
     assert all(map(math.isnan, bootstrap_interval(np.array([1.0, 2.0]), np.array([0, 0]))))
     assert math.isnan(mean(np.array([math.nan])))
+
+
+def test_a_training_scripts_validation_has_the_same_standard_error(scores):
+    rows = torch.from_numpy(np.stack([values.flatten() for values in scores])).float()
+    weights, names = torch.tensor([1.0, -0.5]), ["one", "two"]
+    values = validation.summarize_scores(names, weights, rows, num_images=4)
+    for name, expected in {"two": scores[1], "reward": scores[0] - 0.5 * scores[1]}.items():
+        assert values[f"validation/{name}_mean"] == pytest.approx(expected.mean(), abs=1e-6)
+        error = stats.sem(expected.mean(axis=1))
+        assert values[f"validation/{name}_standard_error"] == pytest.approx(error, rel=1e-5)
+    one_prompt = validation.summarize_scores(["one"], weights[:1], rows[:1, :4], num_images=4)
+    assert one_prompt["validation/reward_standard_error"] == pytest.approx(stats.sem(scores[0][0]), rel=1e-5)
+    single = validation.summarize_scores(["one"], weights[:1], rows[:1, :1], num_images=1)
+    assert single.keys() == {"validation/reward_mean"}
