@@ -26,10 +26,13 @@ from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import free_memory
+from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pso_utils import arguments, fidelity, report, score_statistics, sdxl, training
 from pso_utils.images import decode_image, pixels_of, transform_pair
@@ -130,9 +133,12 @@ def check_arguments(args) -> Plan:
     """Checks all that the flags and the files can tell, before a model is loaded."""
     arguments.check_shared_arguments(args)
     models = [Model(BASE), *(find_lora(text) for text in args.lora)]
-    repeated = [name for name, count in Counter(model.name for model in models).items() if count > 1]
+    # as folders, names that differ only in capitals are the same on some systems
+    repeated = [name for name, count in Counter(model.name.casefold() for model in models).items() if count > 1]
     if repeated:
-        raise ValueError(f"--lora: the name {repeated[0]} is taken: pass another NAME=PATH")
+        raise ValueError(f"--lora: the name {repeated[0]} is taken (capitals don't count): pass another NAME=PATH")
+    if not math.isfinite(args.lora_scale):
+        raise ValueError(f"--lora_scale {args.lora_scale} is no finite number: pass, for instance, 0.5")
     rewards = parse_rewards(args.reward, args.reward_model) if args.reward else []
     if args.reward_model and not rewards:
         raise ValueError("--reward_model without --reward: pass --reward, too, or drop it")
@@ -140,24 +146,35 @@ def check_arguments(args) -> Plan:
     references = fidelity.load_reference_images(args.reference_images) if args.reference_images else []
     if args.subject_vision_model and not references:
         raise ValueError("--subject_vision_model needs --reference_images: pass a folder with the subject's pictures")
+    if references:
+        check_vision_model("--subject_clip_model", args.subject_clip_model)
+        if args.subject_vision_model:
+            check_vision_model("--subject_vision_model", args.subject_vision_model)
     training.check_model_files(args)
     scheduler = training.load_scheduler(args)
     settings = []
-    for steps in [None] if args.timesteps else dict.fromkeys(args.num_inference_steps):
+    for steps in [None] if args.timesteps else sorted(set(args.num_inference_steps)):
         schedule = make_schedule(scheduler, steps, args.timesteps, args.eta, stochastic=False)
         label = str(steps) if steps else "-".join(map(str, args.timesteps))
         values = {"num_inference_steps": steps, "timesteps": args.timesteps, "eta": schedule.eta}
         settings.append(Setting(label, schedule.num_steps, values))
     if args.lora:
-        unet = read_empty_unet(args)
+        empty_models = read_empty_models(args)
         for text, model in zip(args.lora, models[1:]):
-            check_lora(text, model, unet, args.cache_dir)
+            check_lora(text, model, empty_models, args.cache_dir)
     samples = [
         Sample(index, image, prompt, noise_seed(args.seed, index, image))
         for index, prompt in enumerate(prompts)
         for image in range(args.images_per_prompt)
     ]
     return Plan(models, settings, samples, rewards, data, references)
+
+
+def check_vision_model(flag: str, model: str):
+    sdxl.check_exists(model, flag)
+    folder = Path(model).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{flag}: {model} has no config.json; pass a model's folder, with its image processor in it")
 
 
 def read_prompts(args) -> tuple[list[str], Table | None]:
@@ -206,48 +223,83 @@ def find_lora(text: str) -> Model:
     return Model(name, (location, filename))
 
 
-def read_empty_unet(args) -> UNet2DConditionModel:
-    """The UNet from its configuration alone, without memory."""
-    location, filename = sdxl.split_source(args.distilled_unet) if args.distilled_unet else (None, None)
-    if location is not None and filename is None:
-        return sdxl.empty_unet(UNet2DConditionModel.load_config(location, cache_dir=args.cache_dir))
+def read_empty_models(args) -> dict[str, torch.nn.Module]:
+    """The UNet and the text encoders, by the prefixes that their LoRAs have, from their configurations alone: without
+    weights and memory."""
     base, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    return sdxl.empty_unet(UNet2DConditionModel.load_config(base, subfolder="unet", **source))
+    location, filename = sdxl.split_source(args.distilled_unet) if args.distilled_unet else (base, "")
+    if args.distilled_unet and filename is None:
+        unet_config = UNet2DConditionModel.load_config(location, cache_dir=args.cache_dir)
+    else:
+        unet_config = UNet2DConditionModel.load_config(base, subfolder="unet", **source)
+    models = {"unet": sdxl.empty_unet(unet_config)}
+    for part, encoder in {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}.items():
+        config = CLIPTextConfig.from_pretrained(base, subfolder=part, **source)
+        with torch.device("meta"):
+            models[part] = encoder(config)
+    return models
 
 
-def check_lora(text: str, model: Model, unet: UNet2DConditionModel, cache_dir: str | None):
-    """Holds a LoRA's names and shapes against the UNet's: diffusers itself only warns of layers that it does not know.
+def lora_matrices(part: str, model: torch.nn.Module, state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer -> its matrices, `A` and `B`, of a part of the pipeline, whatever the names' spelling; as diffusers reads
+    them."""
+    own = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
+    if part == "unet":
+        own = convert_unet_state_dict_to_peft(own)
+    elif own:
+        own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        if not hasattr(model, "text_model"):  # transformers 5 has one level less
+            own = {key.removeprefix("text_model."): value for key, value in own.items()}
+    matrices: dict[str, dict[str, Tensor]] = {}
+    for key, value in own.items():
+        if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key):
+            matrices.setdefault(match[1], {})[match[2]] = value
+    return matrices
+
+
+def check_lora(text: str, model: Model, empty_models: dict[str, torch.nn.Module], cache_dir: str | None):
+    """Holds a LoRA's names and shapes against the base's: diffusers itself only warns of layers that it does not know.
 
     Raises:
-        ValueError: it cannot be read, or was made for another architecture.
+        ValueError: it cannot be read, was made for another architecture, or is damaged.
     """
     location, filename = model.lora
     try:
         state_dict, _ = StableDiffusionXLPipeline.lora_state_dict(
-            location, weight_name=filename, unet_config=unet.config, cache_dir=cache_dir
+            location, weight_name=filename, unet_config=empty_models["unet"].config, cache_dir=cache_dir
         )
+        parts = {part: lora_matrices(part, empty, state_dict) for part, empty in empty_models.items()}
     except Exception as error:  # of the hub, the network, the file's format: each library has its own
         raise ValueError(
             f"--lora {text} is no LoRA that can be read ({' '.join(str(error).split())[:300]}); pass NAME=PATH with a "
             "folder, a file, a hub id or repo:file"
         ) from error
-    modules, known = dict(unet.named_modules()), 0
-    for key, value in state_dict.items():
-        match = re.fullmatch(r"unet\.(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight", key)
-        if match is None:
-            known += key.startswith(("text_encoder.", "text_encoder_2.", "unet."))
-            continue
-        weight = getattr(modules.get(match[1]), "weight", None)
-        side = 1 if match[2] in ("lora_A", "lora.down") else 0  # A reads the layer's inputs, B makes its outputs
-        if weight is None or value.shape[side] != weight.shape[side]:
-            found = "no such layer" if weight is None else f"a layer {tuple(weight.shape)}"
-            raise ValueError(
-                f"--lora {text} is of another architecture: it has {key} {tuple(value.shape)}, the base model's UNet "
-                f"has {found}; pass the base model that it was trained on"
-            )
-        known += 1
-    if not known:
-        raise ValueError(f"--lora {text} is of another architecture: it has no weights for an SDXL UNet")
+    if not any(parts.values()):
+        first = f"its first name is {min(state_dict)}" if state_dict else "it is empty"
+        raise ValueError(
+            f"--lora {text} has no weights for an SDXL pipeline ({first}): pass a LoRA of this architecture, written "
+            "by save_lora_weights or with Kohya's names"
+        )
+    for part, layers in parts.items():
+        modules = dict(empty_models[part].named_modules())
+        for name, matrices in layers.items():
+            shapes = {side: tuple(matrix.shape) for side, matrix in matrices.items()}
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None:
+                raise ValueError(
+                    f"--lora {text} is of another architecture: the base's {part} has no layer {name}; pass the base "
+                    "model that it was trained on"
+                )
+            if shapes.keys() != {"A", "B"} or shapes["A"][0] != shapes["B"][1]:
+                raise ValueError(f"--lora {text} is damaged: layer {name} of its {part} has no pair of matrices")
+            if (shapes["B"][0], shapes["A"][1]) != tuple(weight.shape[:2]):
+                raise ValueError(
+                    f"--lora {text} is of another architecture: its matrices {shapes['B']} and {shapes['A']} don't "
+                    f"make the weight {tuple(weight.shape)} of {name} in the base's {part}; pass the base model that "
+                    "it was trained on"
+                )
+            if not all(matrix.isfinite().all() for matrix in matrices.values()):
+                raise ValueError(f"--lora {text} has weights that are not finite, in {name}: its training diverged")
 
 
 def load_lora(pipeline, model: Model, scale: float, cache_dir: str | None):
@@ -282,7 +334,8 @@ class Images:
     def __init__(self, args):
         self.folder = Path(args.output_dir, "images")
         sources = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet"]
-        flags = ["revision", "variant", "scheduler", "timestep_spacing", "guidance_scale", "resolution"]
+        flags = ["revision", "variant", "scheduler", "timestep_spacing", "guidance_scale", "resolution", "allow_tf32"]
+        flags += ["enable_vae_tiling", "enable_xformers_memory_efficient_attention"]
         self.shared = {name: source_state(getattr(args, name)) for name in [*sources, "distillation_lora"]}
         self.shared |= {name: getattr(args, name) for name in flags}
         self.shared["mixed_precision"] = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -307,20 +360,24 @@ class Images:
     def is_drawn(self, path: Path, key: str) -> bool:
         try:
             with Image.open(path) as image:
-                return image.info.get("key") == key
-        except OSError:
+                own_key = image.info.get("key")
+                image.verify()  # its check sums, to the end
+        except (OSError, SyntaxError):  # the latter of verify
             return False
+        return own_key == key
 
-    def write(self, image: Image.Image, path: Path, key: str, prompt: str, seconds: float):
-        """Writes a PNG whole or not at all, for a run that is killed."""
-        info = PngInfo()
-        info.add_text("key", key)
-        info.add_itxt("prompt", prompt)
-        info.add_text("seconds", str(seconds))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        image.save(partial, format="PNG", pnginfo=info)
-        os.replace(partial, path)
+    def write(self, images: Sequence[Image.Image], entries: Sequence[tuple[Sample, Path, str]], seconds: float):
+        """Writes the PNGs of a batch: whole or not at all, and all at once, for a run that is killed. A batch of which
+        some are there would go on with fewer images, whose bits may be others."""
+        for image, (sample, path, key) in zip(images, entries):
+            info = PngInfo()
+            info.add_text("key", key)
+            info.add_itxt("prompt", sample.prompt)
+            info.add_text("seconds", str(seconds))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path.with_suffix(".partial"), format="PNG", pnginfo=info)
+        for _, path, _ in entries:
+            os.replace(path.with_suffix(".partial"), path)
 
     def read(self, model: Model, setting: Setting, samples: Sequence[Sample]) -> list[Image.Image]:
         images = []
@@ -413,8 +470,7 @@ def draw_images(args, accelerator: Accelerator, pipeline, plan: Plan, images: Im
             )
             drawn = functions.decode(latents)
             seconds = (time.perf_counter() - start) / len(samples)
-            for image, (sample, path, key) in zip(drawn, entries):
-                images.write(image, path, key, sample.prompt, seconds)
+            images.write(drawn, entries, seconds)
             bar.update(len(samples))
         if model.lora is not None:
             pipeline.unload_lora_weights()
@@ -490,6 +546,8 @@ def data_pixels(args, data: Table, rows: Sequence[int]) -> Iterator[torch.Tensor
 
 
 def sum_over_processes(accelerator: Accelerator, values: np.ndarray) -> np.ndarray:
+    if accelerator.num_processes == 1:  # Apple's GPUs have no float64
+        return values
     return accelerator.reduce(torch.from_numpy(values).to(accelerator.device), "sum").cpu().numpy()
 
 
@@ -597,10 +655,11 @@ def summarize(args, plan: Plan, images: Images, measures: list[Measure], scores:
         rows.append(row)
     base = Path(args.pretrained_model_name_or_path).name
     loras = [model.name for model in plan.models[1:]]
-    title = f"{base} with {', '.join(loras)}" if loras else base
+    title = f"{base} and its LoRAs {', '.join(loras)}" if len(loras) > 1 else " with ".join([base, *loras])
     facts = [f"base: {args.pretrained_model_name_or_path}"]
-    facts += [f"{flag}: {value}" for flag in ("distilled_unet", "distillation_lora", "scheduler", "eta")
-              if (value := getattr(args, flag)) is not None]  # fmt: skip
+    shown = ("pretrained_vae_model_name_or_path", "distilled_unet", "distillation_lora", "scheduler", "eta",
+             "guidance_scale", "mixed_precision")  # fmt: skip
+    facts += [f"{flag}: {value}" for flag in shown if (value := getattr(args, flag)) is not None]
     facts += [f"{args.resolution} px", f"prompts: {args.prompts or args.dataset_name}", f"seed {args.seed}"]
     if loras and args.lora_scale != 1:
         facts.append(f"LoRA scale {args.lora_scale:g}")
@@ -655,6 +714,8 @@ def write_results(args, plan: Plan, images: Images, measures: list[Measure], sco
     firsts = samples[::per_prompt]
     grids = {}
     (folder / "grids").mkdir(exist_ok=True)
+    for earlier in [*(folder / "grids").glob("steps-*.png"), folder / "steps.png"]:  # of other numbers of steps
+        earlier.unlink(missing_ok=True)
     for label, setting in by_label.items():
         shown = firsts[:GRID_PROMPTS]
         rows = {model.name: images.read(model, setting, shown) for model in plan.models}

@@ -219,10 +219,12 @@ def test_what_settings_change_is_drawn_anew_and_nothing_else(shared, tmp_path, d
 def test_a_damaged_image_is_drawn_again(shared, tmp_path, drawn):
     run(shared, tmp_path, "--batch_size", 6)
     path = tmp_path / "images" / "base" / "steps-2" / "00003-00.png"
-    path.write_bytes(path.read_bytes()[:20])
-    drawn.clear()
-    run(shared, tmp_path, "--batch_size", 6)
-    assert drawn == [1]
+    whole = path.read_bytes()
+    for damaged in (whole[:20], whole[:-40], whole[:-40] + b"\0" * 40, b""):
+        path.write_bytes(damaged)
+        drawn.clear()
+        run(shared, tmp_path, "--batch_size", 6)
+        assert drawn == [1] and Image.open(path).convert("RGB").size == (32, 32)
 
 
 # ---- Results ----
@@ -257,10 +259,13 @@ def test_the_table_is_that_of_the_scores_image_by_image(shared, tmp_path):
 
 def test_several_numbers_of_steps_and_timesteps_are_rows_and_pictures_of_their_own(shared, tmp_path):
     more = ["--lora", f"a={shared / 'a'}", "--max_prompts", 2]
-    evaluate.main(flags(shared, tmp_path, *more, *REWARDS, "--num_inference_steps", 1, 4))
+    evaluate.main(flags(shared, tmp_path, *more, *REWARDS, "--num_inference_steps", 4, 1))
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [(row["model"], row["steps"]) for row in rows] == [("base", "1"), ("base", "4"), ("a", "1"), ("a", "4")]
     assert (tmp_path / "steps.png").is_file() and len(list((tmp_path / "grids").iterdir())) == 2
+    evaluate.main(flags(shared, tmp_path, *more, *REWARDS, "--num_inference_steps", 4))  # nothing of the others is left
+    assert [path.name for path in (tmp_path / "grids").iterdir()] == ["steps-4.png"]
+    assert not (tmp_path / "steps.png").exists()
     evaluate.main(flags(shared, tmp_path / "own", *more, "--timesteps", 999, 749, 499, 249))  # no reward: pictures only
     assert (pixels(tmp_path / "own", "a", "999-749-499-249") == pixels(tmp_path, "a", 4)).all()
     assert (tmp_path / "own" / "report.html").is_file() and not (tmp_path / "own" / "steps.png").exists()
@@ -310,7 +315,8 @@ def test_images_on_which_a_reward_fails_are_counted_and_left_out(own_rewards, sh
     assert values[3] is None and score["mean"] == pytest.approx(np.mean([v for v in values if v is not None]))
     assert "2 images were not scored" in caplog.text and "no faces" in caplog.text
     for name in ("results.md", "report.html"):
-        assert "score failed on 1 of 6 images of a, 2 steps" in (tmp_path / "out" / name).read_text()
+        text = (tmp_path / "out" / name).read_text()
+        assert "score failed on 2 of 12 images (base, 2 steps: 1; a, 2 steps: 1)" in text
 
 
 def test_a_reward_that_fails_on_all_images_is_an_error(own_rewards, shared, tmp_path, capsys):
@@ -346,6 +352,20 @@ def test_bad_flags_are_one_line_before_a_model_is_loaded(shared, tmp_path, capsy
     flux = {key.replace("unet.", "transformer."): value for key, value in lora.items()}
     save_file(flux, other / "flux.safetensors")
     (other / "broken.safetensors").write_text("no weights")
+    kohya = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"  # of Stable Diffusion 1.5, say
+    matrices = {
+        "lora_down.weight": torch.ones(4, 320),
+        "lora_up.weight": torch.ones(320, 4),
+        "alpha": torch.tensor(4.0),
+    }
+    save_file({f"{kohya}.{name}": value for name, value in matrices.items()}, other / "kohya.safetensors")
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    text = {f"{layer}.lora_A.weight": torch.ones(4, 768), f"{layer}.lora_B.weight": torch.ones(768, 4)}
+    save_file({**lora, **text}, other / "text.safetensors")
+    save_file({key: value for key, value in lora.items() if "lora_A" in key}, other / "half.safetensors")
+    save_file({key: value * math.nan for key, value in lora.items()}, other / "nan.safetensors")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir(), Image.new("RGB", (8, 8)).save(pictures / "one.png")
     for more, parts in {
         ("--lora", f"x={tmp_path / 'nowhere'}"): ["--lora x", "does not exist"],
         ("--lora", "x=no/where"): ["x=no/where is no LoRA that can be read", "hub id"],
@@ -353,9 +373,20 @@ def test_bad_flags_are_one_line_before_a_model_is_loaded(shared, tmp_path, capsy
         ("--lora", f"x={several}"): ["several LoRA files", "one.safetensors, two.safetensors"],
         ("--lora", str(shared / "a")): ["pass NAME=PATH"],
         ("--lora", f"base={shared / 'a'}"): ["the name base is taken"],
-        ("--lora", f"x={other / 'wider.safetensors'}"): ["another architecture", "lora_A", "a layer ("],
-        ("--lora", f"x={other / 'layers.safetensors'}"): ["another architecture", "attn9", "no such layer"],
-        ("--lora", f"x={other / 'flux.safetensors'}"): ["another architecture", "no weights for an SDXL UNet"],
+        ("--lora", f"x={other / 'wider.safetensors'}"): ["another architecture", "don't make the weight"],
+        ("--lora", f"x={other / 'layers.safetensors'}"): ["another architecture", "unet has no layer", "attn9"],
+        ("--lora", f"x={other / 'flux.safetensors'}"): ["no weights for an SDXL pipeline", "transformer.", "Kohya"],
+        ("--lora", f"x={other / 'kohya.safetensors'}"): ["another architecture", "(320, 4)", "(64, 64)", "attn1.to_q"],
+        ("--lora", f"x={other / 'text.safetensors'}"): ["another architecture", "(768, 4)", "base's text_encoder"],
+        ("--lora", f"x={other / 'half.safetensors'}"): ["damaged", "no pair of matrices"],
+        ("--lora", f"x={other / 'nan.safetensors'}"): ["not finite"],
+        ("--lora", f"x={shared / 'a'}", "--lora", f"X={shared / 'b'}"): ["the name x is taken"],
+        ("--lora_scale", "nan"): ["--lora_scale nan"],
+        ("--reference_images", str(pictures), "--subject_clip_model", str(tmp_path / "no" / "model")): [
+            "--subject_clip_model",
+            "does not exist",
+        ],
+        ("--reference_images", str(pictures), "--subject_clip_model", str(empty)): ["has no config.json"],
         ("--lora", f"x={other / 'broken.safetensors'}"): ["is no LoRA that can be read"],
         ("--reward", "beauty"): ["unknown reward 'beauty'", "aesthetic, clip"],
         ("--reward_model", CLIP): ["--reward_model without --reward"],
