@@ -204,7 +204,9 @@ def steps_plot(results: dict) -> Image.Image:
         for number_, model in enumerate(models):
             color = COLORS[number_ % len(COLORS)]
             shown = [(step, scores[model, step]) for step in steps if (model, step) in scores]
-            points = [place(step, score["mean"]) for step, score in shown]
+            # side by side, so that no model's bars hide another's
+            shift = (number_ - (len(models) - 1) / 2) * min(14, width / len(steps) / (2 * len(models)))
+            points = [(x + shift, y) for x, y in (place(step, score["mean"]) for step, score in shown)]
             draw.line(points, fill=color, width=5, joint="curve")
             for (x, y), (step, score) in zip(points, shown):
                 error = score["standard_error"] or 0
