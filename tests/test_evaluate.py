@@ -440,7 +440,8 @@ def test_fidelity_to_the_data_of_each_prompt(shared, tmp_path):
     rows = run(shared, tmp_path / "out", *more, "--lora", f"a={shared / 'a'}", "--images_per_prompt", 2)
     lines = pyarrow.parquet.read_table(tmp_path / "out" / "scores.parquet").to_pylist()
     own = [line for line in lines if line["model"] == "base" and line["image_index"] == 0]
-    assert {line["data distance"] for line in own} == {0} and rows["a"]["scores"]["data distance"]["mean"] > 0.01
+    # other batches: some values are a step of 8 bits apart, which is 2e-8 each
+    assert max(line["data distance"] for line in own) < 1e-6 and rows["a"]["scores"]["data distance"]["mean"] > 0.01
     other = [line for line in lines if line["model"] == "base" and line["image_index"] == 1]
     first, second = (pixels_of(Image.open(tmp_path / "out" / line["file"])) for line in (own[0], other[0]))
     assert own[0]["diversity"] == other[0]["diversity"] == pytest.approx((first - second).square().mean().item())
