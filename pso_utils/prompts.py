@@ -53,7 +53,7 @@ def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
     if not file.is_file():
         raise ValueError(f"--prompts {path} is not a file; pass a text file (one prompt a line), .json or .jsonl")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
     except UnicodeDecodeError:
         raise ValueError(f"--prompts {path} is not UTF-8 text; pass a text file, .json or .jsonl") from None
     if file.suffix == ".json":
@@ -65,11 +65,11 @@ def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
                 f"--prompts {path} must hold a list of strings, a list of objects or an object with a list of strings"
                 f" under '{caption_column}' (--caption_column)"
             )
-    elif file.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    elif file.suffix == ".jsonl":  # split at "\n" alone: splitlines would split a string at U+2028
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         entries = [parse_json(line, f"{path}, line {number}") for number, line in lines]
     else:
-        return text.splitlines()
+        return text.split("\n")
     return [caption_of(entry, caption_column, f"--prompts {path}, entry {i}") for i, entry in enumerate(entries, 1)]
 
 

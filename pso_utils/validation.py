@@ -210,10 +210,11 @@ def before_and_after(
 
 
 def shorten(text: str, width: int, font) -> str:
-    """`text` in one line, cut to `width` pixels."""
+    """`text` on one line and cut to `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
+    text = text[:width]  # a letter is wider than a pixel, and measuring a text of 20,000 letter by letter takes minutes
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"

@@ -56,6 +56,20 @@ def test_a_missing_dataset_or_column_is_a_clear_error(tmp_path):
         load_prompts(dataset_name=str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
 
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_prompt(tmp_path):
+    contents = {"a.txt": "apple\r\n\r\n pear \r\n", "a.json": '["apple", "pear"]', "a.jsonl": '"apple"\r\n"pear"\r\n'}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert load_prompts(str(tmp_path / name)) == ["apple", "pear"], name
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path):
+    prompts = ["red\u2028panda", "apple\x85tree"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts), "utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(prompts), "utf-8")
+    assert load_prompts(str(tmp_path / "a.jsonl")) == load_prompts(str(tmp_path / "a.txt")) == prompts
+
+
 def test_every_pass_draws_every_prompt_once_in_another_order():
     prompts = [str(index) for index in range(7)]
     drawn = sum((epoch_prompts(prompts, 0, epoch, 5) for epoch in range(14)), [])  # ten passes
