@@ -97,6 +97,7 @@ def check_arguments(args) -> tuple[list[str], list[RewardSpec], Path | None]:
     )
     reward_specs = parse_rewards(args.reward, args.reward_model)
     training.check_model_files(args)
+    training.check_lora_flags(args)
     scheduler = training.load_scheduler(args)
     stochastic_steps = training.training_schedule(args, scheduler).num_steps - 1
     training.deployment_settings(args, scheduler)

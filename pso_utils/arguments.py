@@ -5,6 +5,7 @@ Names, meanings and defaults are those of diffusers' training examples wherever 
 
 import argparse
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -24,17 +25,23 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def bounded(kind, low, low_included=True, high=None):
-    """An argparse type: a number of `kind` (int or float) of at least, or above, `low` and at most `high`."""
+def bounded(kind, low, low_included=True, high=None, high_included=True):
+    """An argparse type: a finite number of `kind` (int or float) of at least, or above, `low` and at most, or below,
+    `high`."""
     name = {int: "a whole number", float: "a number"}[kind]
-    limits = (f"of at least {low}" if low_included else f"above {low}") + (f", at most {high}" if high else "")
+    limits = f"of at least {low}" if low_included else f"above {low}"
+    if high is None:
+        high, high_included = math.inf, False
+    else:
+        limits += f", at most {high}" if high_included else f", below {high}"
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (value >= low if low_included else value > low) or (high and value > high):
+        included = (value == low and low_included) or (value == high and high_included)
+        if value is None or not (low < value < high or included):
             raise argparse.ArgumentTypeError(f"must be {name} {limits}, not {text!r}")
         return value
 
@@ -121,8 +128,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser):
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning rate schedule.")
     add("--lr_warmup_steps", type=non_negative_int, default=0, help="Optimizer steps of warm-up, where it has one.")
     add("--use_8bit_adam", action="store_true", help="Use bitsandbytes' AdamW8bit.")
-    add("--adam_beta1", type=bounded(float, 0, high=1), default=0.9, help="AdamW's beta1.")
-    add("--adam_beta2", type=bounded(float, 0, high=1), default=0.999, help="AdamW's beta2.")
+    add("--adam_beta1", type=bounded(float, 0, high=1, high_included=False), default=0.9, help="AdamW's beta1.")
+    add("--adam_beta2", type=bounded(float, 0, high=1, high_included=False), default=0.999, help="AdamW's beta2.")
     add("--adam_weight_decay", type=non_negative_float, default=1e-6, help="AdamW's weight decay.")
     add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon.")
     add("--max_grad_norm", type=positive_float, default=1.0, help="Clip the gradient to this norm.")
@@ -132,7 +139,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
-    add("--seed", type=non_negative_int, default=0, help="Seed of everything that is drawn.")
+    add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
     add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint at the first epoch boundary "
         "at or after each multiple of so many optimizer steps.")  # fmt: skip
     add("--checkpoints_total_limit", type=positive_int, help="Keep only so many of the newest checkpoints.")
@@ -161,9 +168,11 @@ def check_shared_arguments(args: argparse.Namespace):
         ValueError: a flag that cannot work here, with what to pass, install or drop instead.
     """
     output_dir = Path(args.output_dir)
-    for folder in [output_dir, *output_dir.parents]:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output_dir {args.output_dir}: {folder} is a file; pass a folder")
+    folder = next(folder for folder in [output_dir.absolute(), *output_dir.absolute().parents] if folder.exists())
+    if not folder.is_dir():
+        raise ValueError(f"--output_dir {args.output_dir}: {folder} is a file; pass a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {args.output_dir}: {folder} may not be written to; pass another folder")
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--use_8bit_adam needs bitsandbytes: run `pip install bitsandbytes`, or drop the flag")
     if args.enable_xformers_memory_efficient_attention:

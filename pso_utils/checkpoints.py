@@ -15,7 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils.constants import OPTIMIZER_NAME, SCALER_NAME
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -49,6 +51,23 @@ def check_checkpoint_lora(checkpoint, rank: int, lora_alpha: float, target_modul
             f"{checkpoint} holds a LoRA of rank {stored[0]}, alpha {stored[1]} on {' '.join(sorted(stored[2]))}, this "
             f"run asks for rank {rank}, alpha {lora_alpha} on {' '.join(sorted(target_modules))}; resume with the "
             "checkpoint's own, or train into another --output_dir"
+        )
+
+
+def check_checkpoint_optimizer(checkpoint, use_8bit_adam: bool, mixed_precision: str) -> None:
+    """Raises ValueError unless the checkpoint's optimizer state is what a run with these flags loads.
+
+    A run in fp16 needs the state of a gradient scaler; one in another precision passes it over.
+    """
+    path = Path(checkpoint, f"{OPTIMIZER_NAME}.bin")
+    states = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
+    eight_bit = not any("exp_avg" in state for state in states.values())  # torch's name for it, not bitsandbytes'
+    if states and eight_bit != use_8bit_adam:
+        what, remedy = ("an 8-bit", "pass") if eight_bit else ("a 32-bit", "drop")
+        raise ValueError(f"{checkpoint} holds {what} optimizer's state: {remedy} --use_8bit_adam to resume from it")
+    if mixed_precision == "fp16" and not Path(checkpoint, SCALER_NAME).is_file():
+        raise ValueError(
+            f"{checkpoint} holds no fp16 run's gradient scale: pass --mixed_precision no or bf16 to resume from it"
         )
 
 

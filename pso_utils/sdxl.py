@@ -65,10 +65,10 @@ def fetch_file(location: str, filename: str, cache_dir: str | None = None) -> st
     try:
         return hf_hub_download(location, filename, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{location}:{filename} is neither here nor on the hub: {_first_line(error)}") from error
+        raise ValueError(f"{location}:{filename} is neither here nor on the hub: {first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
@@ -86,7 +86,7 @@ def _weight_shapes(path: str) -> dict[str, tuple[int, ...]]:
         with safe_open(path, "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .safetensors file ({_first_line(error)})") from error
+        raise ValueError(f"{path} is not a readable .safetensors file ({first_line(error)})") from error
 
 
 def empty_unet(config: dict) -> UNet2DConditionModel:
@@ -212,10 +212,20 @@ def _fuse_distillation_lora(pipeline: StableDiffusionXLPipeline, source: str, ca
         pipeline.fuse_lora(components=["unet"], safe_fusing=True)
     except Exception as error:  # of the hub, the network, the file's format, the shapes: each library has its own
         raise ValueError(
-            f"--distillation_lora: {source} does not load into the base model's UNet ({_first_line(error)}); pass a "
+            f"--distillation_lora: {source} does not load into the base model's UNet ({first_line(error)}); pass a "
             "LoRA made for this model, as a folder, a file or repo:file"
         ) from error
     pipeline.unload_lora_weights()
+
+
+def _load_parts(base: str, **settings) -> StableDiffusionXLPipeline:
+    try:
+        return StableDiffusionXLPipeline.from_pretrained(base, **settings)
+    except ValueError as error:  # no files of this variant, for instance
+        hint = "drop --variant, or " if settings["variant"] else ""
+        raise ValueError(
+            f"{base} does not load ({first_line(error)}); {hint}pass a whole StableDiffusionXLPipeline"
+        ) from error
 
 
 def load_pipeline(
@@ -253,7 +263,7 @@ def load_pipeline(
             parts["unet"] = _load_distilled_unet(distilled_unet, base_config, weight_dtype, cache_dir)
         if vae is not None:
             parts["vae"] = AutoencoderKL.from_pretrained(vae, dtype=vae_dtype, cache_dir=cache_dir)
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
+        pipeline = _load_parts(
             pretrained_model_name_or_path,
             **parts,
             variant=variant,
@@ -263,7 +273,7 @@ def load_pipeline(
         )
     except OSError as error:
         raise ValueError(
-            f"a model is neither in a local folder nor to be had from the hub: {_first_line(error)}"
+            f"a model is neither in a local folder nor to be had from the hub: {first_line(error)}"
         ) from error
     unet_config, channels = pipeline.unet.config, pipeline.vae.config.latent_channels
     if unet_config.addition_embed_type != "text_time" or unet_config.in_channels != channels:
@@ -478,6 +488,17 @@ def _latents_mean_and_std(vae, latents: torch.Tensor) -> tuple:
 # LoRA ----------------------------------------------------------------------------------------------------------------
 
 
+def check_lora_targets(unet, target_modules: Sequence[str]) -> None:
+    """Raises ValueError unless each target names a module of the UNet, which may be an `empty_unet`."""
+    names = [name for name, _ in unet.named_modules()]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(
+                f"--lora_target_modules: the UNet has no module {target}; use for instance "
+                f"{' '.join(DEFAULT_LORA_TARGETS)}"
+            )
+
+
 def add_lora(
     unet,
     rank: int,
@@ -493,13 +514,7 @@ def add_lora(
     Raises:
         ValueError: a target names no module of the UNet, or a module that takes no LoRA.
     """
-    names = [name for name, _ in unet.named_modules()]
-    for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(
-                f"--lora_target_modules: the UNet has no module {target}; use for instance "
-                f"{' '.join(DEFAULT_LORA_TARGETS)}"
-            )
+    check_lora_targets(unet, target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if lora_alpha is None else lora_alpha,
@@ -512,7 +527,7 @@ def add_lora(
         try:
             unet.add_adapter(config)
         except ValueError as error:
-            raise ValueError(f"--lora_target_modules {' '.join(target_modules)}: {_first_line(error)}") from error
+            raise ValueError(f"--lora_target_modules {' '.join(target_modules)}: {first_line(error)}") from error
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 

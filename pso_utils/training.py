@@ -26,17 +26,27 @@ from huggingface_hub import create_repo, upload_folder
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.checkpoints import MetricsLog, check_checkpoint_lora, find_checkpoint, register_lora_hooks
+from pso_utils.checkpoints import (
+    MetricsLog,
+    check_checkpoint_lora,
+    check_checkpoint_optimizer,
+    find_checkpoint,
+    register_lora_hooks,
+)
 from pso_utils.latent_cache import LatentCache, TensorCache, fingerprint, text_key
 from pso_utils.mdp import Schedule, convert_scheduler, make_schedule
 from pso_utils.model_card import save_model_card
 from pso_utils.sdxl import (
+    DEFAULT_LORA_TARGETS,
     PromptEmbeddings,
     add_lora,
     add_time_ids,
+    check_lora_targets,
     check_model_source,
     decode_latents,
+    empty_unet,
     encode_images,
+    first_line,
     guidance_embedding,
     load_pipeline,
     make_denoiser,
@@ -85,6 +95,27 @@ def one_line_errors(script: str) -> Iterator[None]:
 # ---- Early checks, on configuration files alone ----
 
 
+def read_config(model_class, location: str, subfolder: str | None = None, **source) -> dict:
+    """A part's configuration; raises ValueError where there is none to be read."""
+    try:
+        return model_class.load_config(location, subfolder=subfolder, **source)
+    except OSError as error:
+        part = f"{location}, {subfolder}" if subfolder else location
+        raise ValueError(
+            f"{part}: no configuration can be read ({first_line(error)}); pass a whole diffusers folder, or a hub id"
+            " that can be reached from here"
+        ) from error
+
+
+def read_unet_config(args) -> dict:
+    """The configuration of the UNet that is to be trained."""
+    location, filename = split_source(args.distilled_unet) if args.distilled_unet else (None, None)
+    if args.distilled_unet and filename is None:
+        return read_config(UNet2DConditionModel, location, cache_dir=args.cache_dir)
+    source = {"revision": args.revision, "cache_dir": args.cache_dir}
+    return read_config(UNet2DConditionModel, args.pretrained_model_name_or_path, "unet", **source)
+
+
 def check_model_files(args):
     """Checks the model's files, and the flags that depend on its configuration.
 
@@ -100,32 +131,36 @@ def check_model_files(args):
         distillation_lora=args.distillation_lora,
     )
     if args.pretrained_vae_model_name_or_path is None:
-        vae_config = AutoencoderKL.load_config(base, subfolder="vae", **source)
+        vae_config = read_config(AutoencoderKL, base, "vae", **source)
     else:
-        vae_config = AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
+        vae_config = read_config(AutoencoderKL, args.pretrained_vae_model_name_or_path, cache_dir=args.cache_dir)
     multiple = math.lcm(8, 2 ** (len(vae_config["block_out_channels"]) - 1))  # 8: what the pipeline itself asks for
     if args.resolution % multiple:
         below = max(args.resolution // multiple, 1) * multiple
         raise ValueError(
             f"--resolution {args.resolution} is not a multiple of {multiple}: pass {below} or {below + multiple}"
         )
-    location, filename = split_source(args.distilled_unet) if args.distilled_unet else (base, "")
-    if args.distilled_unet and filename is None:
-        unet_config = UNet2DConditionModel.load_config(location, cache_dir=args.cache_dir)
-    else:
-        unet_config = UNet2DConditionModel.load_config(base, subfolder="unet", **source)
-    if (args.guidance_scale or 0) > 1 and unet_config.get("time_cond_proj_dim") is None:
+    if (args.guidance_scale or 0) > 1 and read_unet_config(args).get("time_cond_proj_dim") is None:
         raise ValueError(
             f"--guidance_scale {args.guidance_scale}: the UNet takes no guidance embedding (time_cond_proj_dim), and"
             " PSO tunes without classifier-free guidance: drop the flag"
         )
 
 
+def check_lora_flags(args):
+    """Raises ValueError unless the UNet has the layers of --lora_target_modules."""
+    if args.lora_target_modules != DEFAULT_LORA_TARGETS:  # an empty SDXL takes seconds to make, and has the default's
+        check_lora_targets(empty_unet(read_unet_config(args)), args.lora_target_modules)
+
+
 def load_scheduler(args) -> SchedulerMixin:
     """The pipeline's scheduler, converted as the flags say, from its configuration alone."""
     base, source = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    _, class_name = StableDiffusionXLPipeline.load_config(base, **source)["scheduler"]
-    scheduler = getattr(diffusers, class_name).from_pretrained(base, subfolder="scheduler", **source)
+    _, class_name = read_config(StableDiffusionXLPipeline, base, **source)["scheduler"]
+    scheduler_class = getattr(diffusers, class_name, None)
+    if scheduler_class is None:
+        raise ValueError(f"{base}: this diffusers has no scheduler {class_name}; upgrade it, or pass another pipeline")
+    scheduler = scheduler_class.from_config(read_config(scheduler_class, base, "scheduler", **source))
     return convert_scheduler(scheduler, args.scheduler, args.timestep_spacing)
 
 
@@ -152,15 +187,17 @@ def deployment_settings(args, scheduler: SchedulerMixin) -> dict:
 
 
 def checkpoint_to_resume(args) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names, checked against the LoRA flags; None for a new run.
+    """The checkpoint that --resume_from_checkpoint names, checked against the flags; None for a new run.
 
     Raises:
-        ValueError: it is missing, incomplete or of another LoRA, or a new run would write over an earlier one's.
+        ValueError: it is missing, incomplete or of another LoRA or optimizer, or a new run would write over an earlier
+            one's.
     """
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
         check_checkpoint_lora(checkpoint, args.rank, lora_alpha, args.lora_target_modules)
+        check_checkpoint_optimizer(checkpoint, args.use_8bit_adam, mixed_precision(args))
     elif args.resume_from_checkpoint is None and any(Path(args.output_dir).glob("checkpoint-*[0-9]/manifest.json")):
         raise ValueError(
             f"--output_dir {args.output_dir} has the checkpoints of an earlier run: pass --resume_from_checkpoint"
@@ -188,13 +225,18 @@ class TrainingState:
         self.__dict__.update(state)
 
 
+def mixed_precision(args) -> str:
+    """That of --mixed_precision, else of accelerate's configuration."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def make_accelerator(args) -> Accelerator:
     """The accelerator, with output folder, logging, seeds and TF32 set up.
 
     Raises:
         ValueError: fp16 without a GPU, or a distributed set-up other than plain data parallel.
     """
-    precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = mixed_precision(args)
     if precision not in WEIGHT_DTYPES:
         raise ValueError(f"mixed precision {precision} is not supported: pass --mixed_precision no, bf16 or fp16")
     if precision == "fp16" and PartialState().device.type == "cpu":
@@ -331,12 +373,15 @@ def make_optimizer(args, accelerator: Accelerator, parameters: list[Tensor], num
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
     )
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=num_training_steps,
-    )
+    try:
+        lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=args.lr_warmup_steps,
+            num_training_steps=num_training_steps,
+        )
+    except ValueError as error:  # polynomial: a learning rate below the one that it ends at
+        raise ValueError(f"--lr_scheduler {args.lr_scheduler}: {error}; raise --learning_rate") from error
     accelerator.register_for_checkpointing(lr_scheduler)
     return accelerator.prepare_optimizer(optimizer), lr_scheduler
 
@@ -477,15 +522,29 @@ def create_hub_repository(accelerator: Accelerator, args) -> str | None:
     if not (args.push_to_hub and accelerator.is_main_process):
         return None
     name = args.hub_model_id or Path(args.output_dir).resolve().name
-    return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    try:
+        return create_repo(name, exist_ok=True, token=args.hub_token).repo_id
+    except Exception as error:  # of the hub, the network, the name's form: each library has its own
+        raise ValueError(
+            f"--push_to_hub: the repository {name} cannot be created ({first_line(error)}); log in with `hf auth login`"
+            " or pass --hub_token, pass another --hub_model_id, or drop --push_to_hub"
+        ) from error
 
 
 def push_folder(repo_id: str, args):
     """Uploads the run's result; checkpoints and logs stay local."""
-    upload_folder(
-        repo_id=repo_id,
-        folder_path=args.output_dir,
-        commit_message="End of training",
-        ignore_patterns=["checkpoint-*", f"{args.logging_dir}/*", "wandb*"],
-        token=args.hub_token,
-    )
+    ignored = ["checkpoint-*", f"{args.logging_dir}/*", "wandb*"]
+    try:
+        upload_folder(
+            repo_id=repo_id,
+            folder_path=args.output_dir,
+            commit_message="End of training",
+            ignore_patterns=ignored,
+            token=args.hub_token,
+        )
+    except Exception as error:
+        exclude = " ".join(f"'{pattern}'" for pattern in ignored)
+        raise ValueError(
+            f"the result is complete in {args.output_dir}, but it could not be uploaded ({first_line(error)}); do so by"
+            f" `hf upload {repo_id} {args.output_dir} --exclude {exclude}`"
+        ) from error

@@ -1,5 +1,6 @@
 """The online script end to end, on a tiny random SDXL pipeline."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from script_runs import ROOT, assert_same_run, metrics, run_killed_and_resumed, to_flags, two_processes, weights
 
 import train_pso_online
-from pso_utils import arguments, training
+from pso_utils import arguments, training, validation
 
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -354,6 +355,17 @@ def test_a_copy_of_the_script_runs_elsewhere_with_a_reward_beside_it(tiny_pipeli
     assert not [line for line in ours if "warn" in line.lower()]
 
 
+def test_long_prompts_of_several_lines_are_drawn_and_trained_on(flags, tmp_path):
+    prompts = ["fox " * 5_000, "a fox\nin two lines\u2028or three"]
+    (tmp_path / "long.json").write_text(json.dumps(prompts))
+    folder = run(flags(prompts=tmp_path / "long.json", max_train_steps=1, num_validation_images=1))
+    assert (folder / "before_after.png").is_file() and "fox" in (folder / "README.md").read_text()
+    measured = []
+    font = type("Font", (), {"getlength": lambda self, text: measured.append(text) or 8.0 * len(text)})()
+    assert validation.shorten(prompts[0], 80, font) == "fox fox f…"
+    assert len(measured) < 100
+
+
 def test_push_to_hub_uploads_the_result_without_checkpoints(flags, monkeypatch):
     calls = {}
     monkeypatch.setattr(training, "create_repo", lambda name, **_: type("Repo", (), {"repo_id": f"me/{name}"}))
@@ -385,6 +397,10 @@ def write_file(folder: Path) -> Path:
     return path
 
 
+def new(folder: Path) -> Path:
+    return folder / "new"
+
+
 BAD_INPUT = {
     "no prompts file": ({"prompts": "missing.txt"}, "missing.txt is not a file"),
     "no prompts": ({"prompts": write_file}, "no prompts in it"),
@@ -410,7 +426,15 @@ BAD_INPUT = {
     "no such pipeline": ({"pretrained_model_name_or_path": "./nowhere"}, "does not exist"),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, "checkpoint-99 does not exist"),
     "another rank": ({"rank": 8, "resume_from_checkpoint": "latest"}, "rank 4"),
-    "fp16 on a CPU": ({"mixed_precision": "fp16"}, "needs a GPU"),
+    "fp16 on a CPU": ({"mixed_precision": "fp16", "resume_from_checkpoint": None, "output_dir": new}, "needs a GPU"),
+    "fp16 after another precision": ({"mixed_precision": "fp16"}, "pass --mixed_precision no or bf16"),
+    "8-bit Adam after Adam": ({"use_8bit_adam": True}, "drop --use_8bit_adam"),
+    "seed": ({"seed": 2**32}, "--seed"),
+    "infinite learning rate": ({"learning_rate": "inf"}, "--learning_rate"),
+    "beta1": ({"adam_beta1": 1}, "--adam_beta1"),
+    "end of the learning rate schedule": ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--learning_rate"),
+    "variant": ({"variant": "fp16"}, "drop --variant"),
+    "name on the hub": ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id"),
     "xformers without a GPU": ({"enable_xformers_memory_efficient_attention": True}, "drop the flag"),
     "no batch": ({"train_batch_size": 0}, "--train_batch_size"),
     "one sample": ({"samples_per_prompt": 1}, "--samples_per_prompt"),
@@ -458,6 +482,36 @@ def test_missing_packages_and_launchers_are_named(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(flags())
     assert "DEEPSPEED" in capsys.readouterr().err
+
+
+def test_flags_that_cannot_work_are_refused_before_a_model_is_loaded(flags, earlier_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "load_models", lambda *args: pytest.fail("the model is loaded"))
+    monkeypatch.setattr(training, "make_accelerator", lambda *args: pytest.fail("the accelerator is set up"))
+    for changes in [
+        {"lora_target_modules": ["to_q", "nonsense"]},
+        {"output_dir": earlier_run, "resume_from_checkpoint": "latest", "use_8bit_adam": True},
+        {"output_dir": earlier_run, "resume_from_checkpoint": "latest", "mixed_precision": "fp16"},
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            run(flags(**changes))
+        assert stop.value.code == 2
+    monkeypatch.setattr(os, "access", lambda folder, mode: str(folder) != str(tmp_path))
+    with pytest.raises(SystemExit):
+        run(flags(output_dir=tmp_path / "not" / "there"))
+
+
+def test_an_upload_that_fails_says_how_to_make_up_for_it(flags, monkeypatch, capsys):
+    def fail(**values):
+        raise RuntimeError("connection lost\nin the middle")
+
+    monkeypatch.setattr(training, "create_repo", lambda name, **_: type("Repo", (), {"repo_id": f"me/{name}"}))
+    monkeypatch.setattr(training, "upload_folder", fail)
+    with pytest.raises(SystemExit):
+        run(flags(max_train_steps=1, push_to_hub=True, hub_model_id="panda"))
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    folder = Path(flags()[flags().index("--output_dir") + 1])
+    assert "connection lost" in error and f"hf upload me/panda {folder} --exclude 'checkpoint-*'" in error
+    assert (folder / "pytorch_lora_weights.safetensors").is_file() and (folder / "README.md").is_file()
 
 
 def test_an_unexpected_error_keeps_its_traceback(flags, monkeypatch):
