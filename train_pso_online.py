@@ -315,29 +315,32 @@ def run(args):
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
     while state.epoch < max_epochs and state.global_step < max_train_steps:
-        first_step, start_time, epoch_pairs = state.global_step, time.perf_counter(), []
+        first_step, start_time = state.global_step, time.perf_counter()
         slot_prompts = epoch_prompts(prompts, args.seed, state.epoch, epoch_size)  # a slot numbers an epoch's prompts
+        slots = range(accelerator.process_index * share_size, (accelerator.process_index + 1) * share_size)
+        share_prompts = [slot_prompts[slot] for slot in slots]
+        embeds = embed(share_prompts)
+
+        # Sample
         sampling = bar(total=args.sample_batches_per_epoch * schedule.num_steps, desc="sampling", leave=False)
-        first_slot = accelerator.process_index * share_size
-        for slot in range(first_slot, first_slot + share_size, args.sample_batch_size):
-            slots = range(slot, slot + args.sample_batch_size)
-            batch_prompts = [slot_prompts[slot] for slot in slots]
-
-            # Sample
-            keys = [(args.seed, state.epoch, slot, k) for slot in slots for k in range(args.samples_per_prompt)]
+        trajectories = []
+        for start in range(0, share_size, args.sample_batch_size):
+            batch = slice(start, start + args.sample_batch_size)
+            keys = [(args.seed, state.epoch, slot, k) for slot in slots[batch] for k in range(args.samples_per_prompt)]
             noise = keyed_noise(keys, noise_shape, accelerator.device)
-            embeds = embed(batch_prompts)
-            latents = sample_latents(schedule, denoiser, *embeds, noise, sampling.update)
-
-            # Score
-            scores = score_samples(score, decode, latents, batch_prompts)
-
-            # Pair
-            step_index = draw_step_index(args.seed, state.epoch, slots, schedule.num_steps, num_trained)
-            chosen = choose_pairs(latents, *embeds, step_index, scores, rewards.weights, args.reward_combination)
-            epoch_pairs.append(chosen)
+            batch_embeds = (tensor[batch] for tensor in embeds)
+            trajectories.append(sample_latents(schedule, denoiser, *batch_embeds, noise, sampling.update))
         sampling.close()
-        pairs = accelerator.gather(Pairs(*(torch.cat(tensors) for tensors in zip(*epoch_pairs))))
+        latents = torch.cat(trajectories)
+
+        # Score, all batches at once: with --offload, VAE and rewards move once an epoch
+        scores = score_samples(score, decode, latents, share_prompts)
+
+        # Pair
+        step_index = draw_step_index(args.seed, state.epoch, slots, schedule.num_steps, num_trained)
+        pairs = choose_pairs(latents, *embeds, step_index, scores, rewards.weights, args.reward_combination)
+        pairs = accelerator.gather(pairs)
+        del trajectories, latents  # of the samples that are in no pair
         epoch_metrics = {
             "epoch": state.epoch,
             "ties": int(pairs.tie.sum()),

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from script_runs import ROOT, assert_same_run, metrics, run_killed_and_resumed, to_flags, two_processes, weights
 
 import train_pso_online
-from pso_utils import arguments, training, validation
+from pso_utils import arguments, rewards, training, validation
 
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -45,7 +45,7 @@ calls = []
 
 def ties_later(images, prompts):
     calls.append(1)
-    return score(images, prompts) * (len(calls) <= 2)  # two batches make the first epoch
+    return score(images, prompts) * (len(calls) == 1)  # an epoch's images are one batch
 
 def raises(images, prompts):
     raise RuntimeError("no network")
@@ -253,7 +253,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path
         "report_to": "tensorboard",
     }
     places = {
-        "sampling": ("train_pso_online", "score_samples", 6),
+        "sampling": ("train_pso_online", "sample_latents", 6),
         "update": ("pso_utils.training", "optimizer_step", 4),
         "checkpoint": ("pso_utils.checkpoints", "_files", 2),  # its files are written, its manifest is not
     }
@@ -353,6 +353,13 @@ def test_a_copy_of_the_script_runs_elsewhere_with_a_reward_beside_it(tiny_pipeli
     # Libraries may warn on import; nothing that names our files or what we call may.
     ours = [line for line in result.stderr.splitlines() if "pso" in line.lower() or "my_training" in line]
     assert not [line for line in ours if "warn" in line.lower()]
+
+
+def test_offloaded_rewards_move_to_the_device_once_an_epoch(flags, monkeypatch):
+    moves, to = [], rewards.Rewards.to
+    monkeypatch.setattr(rewards.Rewards, "to", lambda self, device: (moves.append(str(device)), to(self, device))[1])
+    run(flags(offload=True, max_train_steps=4))  # two epochs of two batches
+    assert len(moves) == 1 + 2 * 2  # to the CPU when they are loaded; in each epoch there and back
 
 
 def test_long_prompts_of_several_lines_are_drawn_and_trained_on(flags, tmp_path):
