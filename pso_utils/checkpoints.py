@@ -23,7 +23,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from .sdxl import save_lora
+from .sdxl import first_line, save_lora
 
 
 logger = logging.getLogger(__name__)
@@ -114,13 +114,22 @@ def save_checkpoint(accelerator: Accelerator, output_dir, global_step: int, tota
 
     Afterwards at most `total_limit` checkpoints stand (None: all); the one just written always stays, so there is
     never none that is complete.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before it stand as they did.
     """
     checkpoint = Path(output_dir, f"checkpoint-{global_step}")
     partial = Path(output_dir, checkpoint.name + _PARTIAL_SUFFIX)
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
+    try:
+        accelerator.save_state(str(partial))
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's, for a full disk too
+        raise OSError(
+            f"{checkpoint} cannot be written ({first_line(error)}); make room on the disk and pass "
+            "--resume_from_checkpoint latest: the checkpoints before it are whole"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}

@@ -554,7 +554,10 @@ def save_lora(unet, output_dir, kohya: bool = False) -> None:
     metadata = _collate_lora_metadata({"unet": unet})
     for values in metadata.values():
         values.update({key: sorted(value) for key, value in values.items() if isinstance(value, set)})
-    StableDiffusionXLPipeline.save_lora_weights(output_dir, unet_lora_layers=state_dict, **metadata)
+    try:
+        StableDiffusionXLPipeline.save_lora_weights(output_dir, unet_lora_layers=state_dict, **metadata)
+    except SafetensorError as error:  # a full disk, for instance
+        raise OSError(f"the LoRA cannot be written to {output_dir} ({first_line(error)})") from error
     if kohya:
         weights = convert_state_dict_to_kohya({f"unet.{key}": value for key, value in state_dict.items()})
         alpha = torch.tensor(float(unet.peft_config["default"].lora_alpha))

@@ -2,6 +2,7 @@ import copy
 import json
 import logging
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -193,6 +194,25 @@ def test_a_run_killed_while_it_writes_leaves_no_checkpoint(tiny_pipeline_dir, ou
     assert find_checkpoint(output_dir, "latest").name == "checkpoint-4"
     save_checkpoint(run.accelerator, output_dir, 6)
     assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("size", [100, 20_000], ids=["the LoRA", "the optimizer"])
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(tiny_pipeline_dir, output_dir, size):
+    run = Run(tiny_pipeline_dir)
+    run.step()
+    before = names(output_dir)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match="checkpoint-6 cannot be written .*: the checkpoints before it") as error:
+            save_checkpoint(run.accelerator, output_dir, 6, total_limit=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert [path for path in names(output_dir) if not path.endswith(".partial")] == before
+    assert find_checkpoint(output_dir, "latest").name == "checkpoint-4"
+    save_checkpoint(run.accelerator, output_dir, 6, total_limit=1)
+    assert names(output_dir) == ["checkpoint-6"]
 
 
 def test_checkpoint_of_the_same_step_is_replaced(tiny_pipeline_dir, output_dir):
