@@ -174,6 +174,7 @@ def transform_pair(
     room = (height - resolution, width - resolution)
     if augmentation.crop is None:
         top, left = (int(round(side / 2)) for side in room)
+        left = room[1] - left if augmentation.flip else left  # the mirrored crop, also where the room is odd
     else:
         top, left = (min(int(place * (side + 1)), side) for place, side in zip(augmentation.crop, room))
 

@@ -141,6 +141,14 @@ def test_the_crops_place_is_that_in_the_flipped_image():
     assert top_left == (10, 0)
 
 
+@pytest.mark.parametrize("width", [60, 61, 67])
+def test_the_centres_crop_of_a_mirrored_image_is_the_mirrored_crop(width):
+    """So that a cache of both ways round holds what training asks for."""
+    plain, flipped = (transform_pair(gradient(width, 40), None, 40, augmentation=Augmentation(flip)) for flip in (0, 1))
+    assert torch.equal(flipped.target, plain.target.flip(-1))
+    assert flipped.crop_top_left[1] == width - 40 - plain.crop_top_left[1]
+
+
 def test_augmentations_are_functions_of_seed_epoch_and_record():
     draws = {draw_augmentation(*key) for key in [(0, 0, "1"), (1, 0, "1"), (0, 1, "1"), (0, 0, "2"), (0, 0, "1-2")]}
     assert len(draws) == 5
