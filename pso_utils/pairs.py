@@ -5,6 +5,7 @@ a source out in groups of records, one group for each optimizer step, and turns 
 """
 
 import inspect
+import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader
 from .images import INTERPOLATIONS, BrokenImage, decode_image, draw_augmentation, transform_pair
 from .mdp import keyed_noise
 
+
+logger = logging.getLogger(__name__)
 
 FILE_FORMATS = {
     ".parquet": "parquet",
@@ -217,6 +220,18 @@ class Stream:
     def record(self, item: Record) -> Record:
         return item
 
+    def first(self, count: int) -> list[Record]:
+        """The first so many records as they are stored, without filling the shuffle buffer.
+
+        Raises:
+            ValueError: as `order`.
+        """
+        self.num_ties = 0
+        records = [Record(**values) for values in islice(self._read(list(range(self._num_shards))), count)]
+        if not records:
+            raise only_ties(self.name, self.num_ties)
+        return records
+
     def order(self, seed: int, epoch: int) -> Iterator[Record]:
         """Every record once: `datasets` shuffles the shards, and a buffer of records, by (seed, epoch).
 
@@ -310,7 +325,12 @@ def load_images(
         dataset = read_dataset(name, "imagefolder", dataset_split, streaming, cache_dir, num_workers, data_files=files)
     columns = Columns(image_column, caption_column)
     remedy = "--image_column and --caption_column"
-    return make_source(name, dataset, columns, folder, max_train_samples, shuffle_buffer_size, remedy)
+    source = make_source(name, dataset, columns, folder, max_train_samples, shuffle_buffer_size, remedy)
+    if train_data_dir is not None and isinstance(source, Table):
+        count = len(image_files(folder.rglob("*")))
+        if count > len(dataset):
+            logger.warning(f"{name} has {count} images, of which only {len(dataset)} have a caption in the metadata")
+    return source
 
 
 def load_instance_images(instance_data_dir: str, caption: str = "") -> Table:

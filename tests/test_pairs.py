@@ -203,6 +203,13 @@ def test_unlabelled_rows_are_dropped_as_ties(load, tmp_path):
         assert len(ids(read(make_loader(source)))) == 1 and source.num_ties == 2
 
 
+def test_the_first_records_of_a_stream_are_as_they_are_stored(pickapic, load):
+    kept = [number for number in range(24) if LABELS[number % 8] != 0.5]
+    for limit in [None, 5]:
+        records = load(pickapic, streaming=True, max_train_samples=limit).first(10)
+        assert [record.caption for record in records] == [f"caption {number}" for number in kept[: limit or 10]]
+
+
 def test_max_train_samples_keeps_the_first_pairs(pickapic, load):
     for streaming in [False, True]:
         loader = make_loader(load(pickapic, streaming=streaming, max_train_samples=10))
@@ -479,8 +486,9 @@ def test_nothing_but_ties_is_an_error(load, tmp_path):
     folder = write_pickapic(tmp_path / "ties", num_shards=2, labels=[0.5])
     with rejects("is empty after dropping 16 ties"):
         load(folder)
-    with rejects("is empty after dropping 16 ties"):
-        read(make_loader(load(folder, streaming=True)))
+    for use in [lambda source: read(make_loader(source)), lambda source: source.first(4)]:
+        with rejects("is empty after dropping 16 ties"):
+            use(load(folder, streaming=True))
 
 
 def test_a_stream_that_breaks_off_names_its_shard(load, tmp_path):
@@ -507,6 +515,15 @@ def test_image_folders_without_captions_or_images_are_a_clear_error(tmp_path):
         load_instance_images(str(tmp_path / "empty"))
     with rejects("--instance_data_dir .*nowhere is not a folder"):
         load_instance_images(str(tmp_path / "nowhere"))
+
+
+def test_images_without_a_caption_are_counted_in_a_warning(tmp_path, caplog):
+    folder = write_image_folder(tmp_path / "images")
+    load_images(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    assert not caplog.records
+    (folder / "d.png").write_bytes(png())
+    assert len(load_images(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))) == 3
+    assert "has 4 images, of which only 3 have a caption" in caplog.text
 
 
 def test_an_unknown_interpolation_is_a_clear_error(pickapic, load):
