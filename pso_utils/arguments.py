@@ -139,17 +139,17 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
-    add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
-    add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint at the first epoch boundary "
-        "at or after each multiple of so many optimizer steps.")  # fmt: skip
+    add("--seed", type=non_negative_int, default=0, help="Seed of everything that is drawn.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every so many optimizer "
+        "steps; online at the next epoch boundary.")  # fmt: skip
     add("--checkpoints_total_limit", type=positive_int, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint's path, or `latest` (a new run where there is none).")
     add("--validation_prompts", nargs="+", help="Prompts of the validation images. Default: the first four training "
-        "prompts.")  # fmt: skip
+        "prompts; of a concept its own and its class's.")  # fmt: skip
     add("--num_validation_images", type=non_negative_int, default=4, help="Images per validation prompt, always from "
         "the same noise; 0: no validation.")  # fmt: skip
-    add("--validation_steps", type=positive_int, default=100, help="Validate at the first epoch boundary at or after "
-        "each multiple of so many optimizer steps, and before and after the run.")  # fmt: skip
+    add("--validation_steps", type=positive_int, default=100, help="Validate every so many optimizer steps "
+        "(online at the next epoch boundary), and before and after the run.")  # fmt: skip
     add("--validation_num_inference_steps", type=positive_int, help="Steps at deployment. Default: as trained.")
     add("--validation_timesteps", type=non_negative_int, nargs="+", help="Timesteps at deployment. Default: as "
         "trained (none, if --validation_num_inference_steps is given).")  # fmt: skip

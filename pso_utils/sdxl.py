@@ -4,6 +4,7 @@ A `StableDiffusionXLPipeline` holds the parts and diffusers' own methods do the 
 the pipeline runs at inference.
 """
 
+import logging
 import math
 import pickle
 import re
@@ -22,6 +23,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from .mdp import convert_scheduler
 
@@ -292,6 +294,29 @@ def load_pipeline(
 
 
 # Conditioning --------------------------------------------------------------------------------------------------------
+
+
+class _FirstTruncation(logging.Filter):
+    """Lets one warning through that a prompt is too long. diffusers gives one for every prompt and text encoder, with
+    all that was cut off, and transformers adds one that foretells indexing errors."""
+
+    warned = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith("Token indices sequence length is longer"):
+            return False
+        if not message.startswith("The following part of your input was truncated"):
+            return True
+        record.msg = message[:200] + ("…" if len(message) > 200 else "") + " (for further prompts this is not said)"
+        record.args = ()
+        first, self.warned = not self.warned, True
+        return first
+
+
+_first_truncation = _FirstTruncation()
+for _name in (StableDiffusionXLPipeline.__module__, PreTrainedTokenizerBase.__module__):
+    logging.getLogger(_name).addFilter(_first_truncation)
 
 
 @torch.no_grad()
