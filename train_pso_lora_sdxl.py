@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +19,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers.training_utils import free_memory
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pso_utils import arguments, training, validation
-from pso_utils.checkpoints import load_lora, save_checkpoint
+from pso_utils.checkpoints import save_checkpoint
 from pso_utils.images import draw_noise, draw_reference_places, draw_timestep_places
 from pso_utils.losses import denoising_error, hinge_pso_loss, offline_pso_loss
 from pso_utils.mdp import (
@@ -132,6 +132,9 @@ def parse_args(argv=None):
     arguments.add_optimizer_arguments(parser)
     arguments.add_run_arguments(parser, output_dir="pso-lora")
     args = parser.parse_args(argv)
+    for flag, tasks in OWN_FLAGS.items():
+        if getattr(args, flag) != parser.get_default(flag) and args.task not in tasks:
+            parser.error(f"--{flag} goes with --task {' or '.join(tasks)}, not {args.task}: drop it")
     for name, value in TASK_DEFAULTS[args.task].items():
         if getattr(args, name) is None:
             setattr(args, name, HINGE_BETA if name == "beta" and args.loss == "hinge" else value)
@@ -148,9 +151,11 @@ def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None
         the source of the targets or pairs, the rewards to load, and the checkpoint to resume from (None: a new run).
     """
     arguments.check_shared_arguments(args)
-    for flag, tasks in OWN_FLAGS.items():
-        if getattr(args, flag) and args.task not in tasks:
-            raise ValueError(f"--{flag} goes with --task {' or '.join(tasks)}, not {args.task}: drop it")
+    if args.reference_policy == "current" and args.reference_refresh_steps is None:
+        raise ValueError(
+            "--reference_policy current draws with the LoRA as trained so far, and before training there is none: pass"
+            " --reference_refresh_steps, too"
+        )
     if args.cache_latents and not args.center_crop:
         raise ValueError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
     if args.cache_latents and args.streaming:
@@ -175,14 +180,24 @@ def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None
 # ---- Where the pairs come from ----
 
 OWN_FLAGS = {
+    "image_columns": ["preference"],
+    "label_column": ["preference"],
     "winner_column": ["preference"],
     "loser_column": ["preference"],
     "streaming": ["preference"],
+    "shuffle_buffer_size": ["preference"],
     "dataset_name": ["preference", "style"],
+    "dataset_config_name": ["preference", "style"],
+    "dataset_split": ["preference", "style"],
+    "max_train_samples": ["preference", "style"],
+    "caption_column": ["preference", "style"],
+    "image_column": ["style"],
     "train_data_dir": ["style"],
     "instance_data_dir": ["concept"],
     "instance_prompt": ["concept"],
     "class_prompt": ["concept"],
+    "num_reference_images": ["concept"],
+    "reference_policy": ["style", "concept"],
     "reference_refresh_steps": ["style", "concept"],
 }
 
@@ -297,6 +312,11 @@ def diffusion_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> St
 
 
 LOSSES = {"sigmoid": sigmoid_loss, "hinge": hinge_loss, "diffusion": diffusion_loss}
+LOSS_FLAGS = {  # what the model card says of a loss
+    "sigmoid": ["weighting", "beta", "target_anchor"],
+    "hinge": ["weighting", "beta", "reference_weight", "prior_loss_weight"],
+    "diffusion": [],
+}
 METRICS = {
     "sigmoid": ["target_gain", "reference_gain", "pair_accuracy", "saturated", "anchored"],
     "hinge": ["target_error", "reference_error", "pair_accuracy", "active"],
@@ -338,6 +358,8 @@ def accumulate_gradients(
         loss, step_index, metrics = step_loss(pairs)
         for number in step_index.unique().tolist() if num_shares else []:
             part = loss[step_index == number].sum() / group_size
+            if accelerator.scaler is not None:  # else fp16 gradients underflow; the scale is the same for all shares
+                part = accelerator.scaler.scale(part)
             gradients = torch.autograd.grad(part, parameters, retain_graph=True)
             shares[number] += torch.cat([gradient.flatten() for gradient in gradients])
         accelerator.backward(loss.sum() / group_size)
@@ -410,15 +432,18 @@ def make_pairs(args, device, noise_shape, embed, encode, reference_pixels, epoch
 
 
 def fill_cache(args, accelerator, pipeline, loader: PairLoader, references: References | None, embed, encode, prompts):
-    """Encodes all images, both ways round with --random_flip, and all captions, each process its share; then the text
+    """Encodes all images, both ways round with --random_flip, and all prompts, each process its share; then the text
     encoders go."""
-    count = len(loader.source) * (1 + loader.source.has_references) + len(references.captions if references else [])
-    count *= 1 + args.random_flip
+    has_pairs = loader.source.has_references and args.loss != "diffusion"
+    drawn = references.captions if references is not None else []
+    count = (len(loader.source) * (1 + has_pairs) + len(drawn)) * (1 + args.random_flip)
     shape = latent_shape(pipeline, args.resolution)
-    embeds, pooled = embed(prompts)
-    captions = len(set(loader.source.captions()))
-    size = count * 4 * math.prod(shape) + captions * (embeds[0].nbytes + pooled[0].nbytes)
-    logger.info(f"the cache will hold {count} latents and {captions} captions: up to {size / 1e6:.1f} MB on disk")
+    embeds, pooled = embed(prompts[:1])
+    # the references', too: a refresh embeds them again, and a target with a broken image has one as well
+    prompts = list(dict.fromkeys([*prompts, *drawn, *loader.source.captions()]))
+    size = count * 4 * math.prod(shape) + len(prompts) * (embeds[0].nbytes + pooled[0].nbytes)
+    logger.info(f"the cache will hold {count} latents and {len(prompts)} prompts: up to {size / 1e6:.1f} MB on disk")
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
 
     def encode_both_ways(pixels: Tensor):
         encode(pixels)
@@ -426,16 +451,16 @@ def fill_cache(args, accelerator, pipeline, loader: PairLoader, references: Refe
             encode(pixels.flip(-1))
 
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, desc="encoding", leave=False)
+    for prompt in prompts[mine]:
+        embed([prompt])
     for group in bar(loader.groups(0), total=math.ceil(len(loader.source) / loader.group_size)):
         for batch in group.batches:
             if batch.ids:
-                embed(batch.captions)
-                images = [batch.target_pixels, batch.reference_pixels]
-                encode_both_ways(torch.cat([pixels for pixels in images if pixels is not None]))
-    if references is not None:
-        mine = list(range(accelerator.process_index, len(references.captions), accelerator.num_processes))
-        for start in range(0, len(mine), args.sample_batch_size):
-            encode_both_ways(references.pixels(mine[start : start + args.sample_batch_size]))
+                images = [batch.target_pixels, batch.reference_pixels] if has_pairs else [batch.target_pixels]
+                encode_both_ways(torch.cat(images))
+    indices = range(len(drawn))[mine]
+    for start in range(0, len(indices), args.sample_batch_size):
+        encode_both_ways(references.pixels(indices[start : start + args.sample_batch_size]))
     accelerator.wait_for_everyone()
     pipeline.text_encoder = pipeline.text_encoder_2 = None
     free_memory()
@@ -449,18 +474,22 @@ class OfflineState(training.TrainingState):
     """`TrainingState` with the place in the epoch, and the best validation for early stopping."""
 
     position: int = 0  # records of the epoch that are done
+    num_broken: int = 0  # records that were left out so far for a broken image
     best_reward: float = -math.inf
     best_step: int = -1
+    best_lora: dict[str, Tensor] | None = None  # here, so that a resumed run has that of its own checkpoint
     worse_validations: int = 0  # in a row, since the best
 
 
 def keep_best(args, accelerator, unet, state: OfflineState, values: dict[str, float]) -> bool:
-    """Saves the LoRA to output_dir/best if the validation's reward is the best so far; True if it is time to stop."""
-    if not args.early_stopping_patience:
+    """Keeps the LoRA, and saves it to output_dir/best, if its validation's reward is the best so far; True if it is
+    time to stop. `values` are empty where a resumed run has not validated yet: what it goes on with did."""
+    if not (args.early_stopping_patience and values):
         return False
     reward = values["validation/reward_mean"]
     if reward > state.best_reward:
         state.best_reward, state.best_step, state.worse_validations = reward, state.global_step, 0
+        state.best_lora = {key: value.to("cpu", copy=True) for key, value in get_peft_model_state_dict(unet).items()}
         if accelerator.is_main_process:
             Path(args.output_dir, "best").mkdir(exist_ok=True)
             save_lora(unet, Path(args.output_dir, "best"))
@@ -508,8 +537,10 @@ def run(args):
     shape = latent_shape(pipeline, args.resolution)
     to_pairs = partial(make_pairs, args, accelerator.device, shape, embed, encode, draw_pixels)
     step_loss = partial(LOSSES[args.loss], args, pipeline.unet, schedule, denoiser)
-    num_shares = num_weighted_steps(schedule, args.weighting) if args.log_gradient_shares else 0
+    log_shares = args.log_gradient_shares and args.loss != "diffusion"  # which is not trained at the schedule's steps
+    num_shares = num_weighted_steps(schedule, args.weighting) if log_shares else 0
     max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(source) / group_size)
+    max_epochs = args.num_train_epochs if args.max_train_steps is None else math.inf
 
     optimizer, lr_scheduler = training.make_optimizer(args, accelerator, parameters, max_train_steps)
     state = OfflineState()
@@ -524,6 +555,8 @@ def run(args):
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     refresh_steps = args.reference_refresh_steps or max_train_steps + 1
     if references is not None:
+        if args.reference_policy == "current":
+            references.drop_after(state.global_step)
         drawing = bar(total=math.ceil(len(references.captions) / accelerator.num_processes), desc="references")
         references.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
         drawing.close()
@@ -540,7 +573,7 @@ def run(args):
     logger.info(f"steps of {group_size} pairs at timesteps {schedule.timesteps.tolist()}")
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
     stop = False
-    while state.global_step < max_train_steps and not stop:
+    while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
         first_step, start = state.global_step, state.position
         for group in loader.groups(state.epoch, state.position):
             batches = (to_pairs(state.epoch, batch) for batch in group.batches)
@@ -548,17 +581,19 @@ def run(args):
                 accelerator, parameters, step_loss, batches, group_size, METRICS[args.loss], num_shares
             )
             state.position = group.end
+            state.num_broken += int(metrics.pop("broken"))
             if metrics["pairs"] == 0:
                 continue
             metrics |= training.optimizer_step(accelerator, optimizer, lr_scheduler, parameters, args.max_grad_norm)
             metrics |= {f"gradient_share/{t:g}": share for t, share in zip(schedule.timesteps.tolist(), shares)}
             state.global_step += 1
-            log(state.global_step, {"epoch": state.epoch, **metrics})
+            log(state.global_step, {"epoch": state.epoch, "broken": state.num_broken, **metrics})
             updates.update()
             updates.set_postfix(loss=metrics["loss"])
 
             if references is not None and state.global_step % refresh_steps == 0:
-                references.refresh(state.global_step)
+                if state.global_step < max_train_steps:
+                    references.refresh(state.global_step)
             if state.global_step % args.validation_steps == 0:
                 validate(state)
                 stop = keep_best(args, accelerator, pipeline.unet, state, validate.values)
@@ -572,23 +607,28 @@ def run(args):
                 raise ValueError(f"{source.name} has no pair of sound images: see --skip_broken_images")
             state.epoch, state.position = state.epoch + 1, 0
     updates.close()
+    if isinstance(source, Stream) and source.num_ties:
+        logger.info(f"{source.num_ties} ties were left out in the latest pass")
+    if state.num_broken:
+        logger.info(f"{state.num_broken} times a pair was left out because an image is broken (--skip_broken_images)")
 
     # Saved before anything is drawn with it, so that a failure there loses nothing
     if accelerator.is_main_process:
         save_lora(pipeline.unet, args.output_dir, args.output_kohya_format)
     validate(state)
     keep_best(args, accelerator, pipeline.unet, state, validate.values)
-    if args.early_stopping_patience and state.best_step != state.global_step:
+    if args.early_stopping_patience and state.best_lora is not None and state.best_step != state.global_step:
         logger.info(f"the best LoRA was that of step {state.best_step}: it is the result")
-        load_lora(pipeline.unet, Path(args.output_dir, "best"))
+        set_peft_model_state_dict(pipeline.unet, state.best_lora)
         state.global_step = state.best_step
         if accelerator.is_main_process:
             save_lora(pipeline.unet, args.output_dir, args.output_kohya_format)
     images = validate.save_before_and_after(state)
     if accelerator.is_main_process:
-        facts = ["task", "loss", "weighting", "beta", "target_anchor", "learning_rate", "rank", "seed"]
+        facts = ["task", "loss", *LOSS_FLAGS[args.loss], "learning_rate", "rank", "seed"]
         facts = {name: getattr(args, name) for name in facts}
-        facts = {"method": "offline PSO", "optimizer steps": state.global_step, **facts}
+        method = "plain diffusion loss" if args.loss == "diffusion" else "offline PSO"
+        facts = {"method": method, "optimizer steps": state.global_step, **facts}
         prompt = validate.prompts[0]
         training.write_model_card(args, pipeline.scheduler, settings, prompt, images, repo_id, facts)
         if repo_id is not None:
@@ -603,7 +643,7 @@ def validation_prompts(args, source: Table | Stream) -> list[str]:
         return [args.instance_prompt, args.class_prompt]
     if isinstance(source, Table):
         return list(dict.fromkeys(source.captions()))[:4]
-    return list(dict.fromkeys(record.caption for record in islice(source.order(args.seed, 0), 4)))
+    return list(dict.fromkeys(record.caption for record in source.first(4)))
 
 
 def main(argv=None):

@@ -70,6 +70,15 @@ class References:
             progress(len(indices))
         self.accelerator.wait_for_everyone()
 
+    def drop_after(self, step: int):
+        """Deletes the images of steps after `step`; all processes call it. Where they depend on the LoRA, those of a
+        run that was otherwise trained, or killed, are not this run's."""
+        if self.accelerator.is_main_process:
+            for folder in self.root.glob("step-*"):
+                if int(folder.name.removeprefix("step-")) > step:
+                    shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+
     def path(self, index: int) -> Path:
         return self.folder / f"{index:06d}.png"
 

@@ -1,17 +1,22 @@
 """The offline script end to end, on a tiny random SDXL pipeline."""
 
 import json
+import logging
 import shutil
+import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_runs import assert_same_run, metrics, run_killed_and_resumed, to_flags, two_processes, weights
 
 import train_pso_lora_sdxl
@@ -142,9 +147,10 @@ def test_training_tells_targets_from_references(flags, changes):
     assert target_gain > reference_gain and pair_accuracy > 0.5
 
 
-def test_a_one_step_schedule_trains(flags):
-    folder = run(flags(num_inference_steps=1))
-    assert len(metrics(folder)) == 4
+@pytest.mark.parametrize("changes, timestep", [({"num_inference_steps": 1}, 999), ({"timesteps": 399}, 399)])
+def test_a_one_step_schedule_trains(flags, changes, timestep):
+    folder = run(flags("style", log_gradient_shares=True, **changes))
+    assert [line[f"gradient_share/{timestep}"] for line in metrics(folder)] == [1, 1, 1, 1]
     assert all(value.abs().sum() > 0 for value in weights(folder).values())
 
 
@@ -169,6 +175,26 @@ def test_gradient_shares_add_up_and_leave_the_training_as_it_is(flags, tmp_path)
     for line in metrics(logged):
         assert sum(line[f"gradient_share/{t}"] for t in (999, 749, 499, 249)) == pytest.approx(1)
     assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(logged).items())
+
+
+def test_the_diffusion_loss_has_no_gradient_shares_and_its_card_no_pso(flags):
+    folder = run(flags(loss="diffusion", log_gradient_shares=True, max_train_steps=1))
+    assert not any(name.startswith("gradient_share") for name in metrics(folder)[0])
+    card = (folder / "README.md").read_text()
+    assert "| method | plain diffusion loss |" in card and "| beta |" not in card
+
+
+def test_gradient_shares_are_of_scaled_gradients(monkeypatch):
+    """Those of fp16, whose smallest number is 6e-8."""
+    accelerator, weight = Accelerator(cpu=True), torch.nn.Parameter(torch.ones(3))
+    monkeypatch.setattr(accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**16))
+
+    def step_loss(factors):
+        return train_pso_lora_sdxl.StepLoss(weight.half().sum().float() * factors, torch.arange(2), {})
+
+    batches = iter([(torch.tensor([1e-8, 3e-8]), 0)])
+    _, shares = train_pso_lora_sdxl.accumulate_gradients(accelerator, [weight], step_loss, batches, 2, [], 2)
+    assert shares == pytest.approx([0.25, 0.75], rel=0.01)
 
 
 # ---- Tasks ----
@@ -207,6 +233,40 @@ def test_references_are_refreshed_from_the_model_that_the_policy_names(flags, un
     assert sorted(path.name for path in (folder / "references").iterdir()) == ["step-000000", "step-000002"]
     with_lora = [on for grad, on, size in unet_calls if size == 6]
     assert with_lora == [policy == "current"] * 8
+    run(
+        flags("style", **changes | {"output_dir": folder / "shorter", "max_train_steps": 2})
+    )  # none after the last step
+    assert [path.name for path in (folder / "shorter" / "references").iterdir()] == ["step-000000"]
+
+
+def test_references_of_a_run_that_was_otherwise_trained_are_not_taken_over(flags, tmp_path):
+    changes = {"reference_policy": "current", "reference_refresh_steps": 2, "max_train_steps": 3}
+    for folder, rate in (("used", 1e-3), ("used", 1e-2), ("fresh", 1e-2)):
+        run(flags("style", output_dir=tmp_path / folder, learning_rate=rate, **changes))
+    assert_same_run(tmp_path / "used", tmp_path / "fresh")
+    for path in (tmp_path / "fresh" / "references").rglob("*.png"):
+        assert (tmp_path / "used" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
+
+
+def test_references_are_those_of_their_targets_and_mirrored_with_them():
+    drawn = torch.arange(6.0).view(6, 1, 1, 1) * 10 + torch.arange(4.0)  # the tens are the reference, the ones a column
+    drawn = drawn.expand(6, 3, 4, 4)
+    stand_in = SimpleNamespace(captions=["a"] * 6, pixels=lambda indices: drawn[indices])
+    ids = [str(row) for row in range(10, 70, 10)]
+    batch = SimpleNamespace(ids=ids[::-1], flipped=torch.tensor([True, False] * 3))
+    places = {record_id: index for index, record_id in enumerate(ids)}
+
+    args = SimpleNamespace(task="style", seed=0)
+    pixels = train_pso_lora_sdxl.reference_pixels(args, stand_in, places, 0, batch)
+    assert (pixels[:, 0, 0, 0] // 10).tolist() == [5, 4, 3, 2, 1, 0]
+    assert (pixels[:, 0, 0, 0] % 10).tolist() == [3, 0] * 3
+
+    args.task, drawn_numbers = "concept", set()
+    for epoch in range(20):
+        pixels = train_pso_lora_sdxl.reference_pixels(args, stand_in, places, epoch, batch)
+        assert (pixels[:, 0, 0, 0] % 10).tolist() == [3, 0] * 3
+        drawn_numbers |= set((pixels[:, 0, 0, 0] // 10).tolist())
+    assert drawn_numbers == set(range(6))
 
 
 def test_references_that_are_there_are_not_drawn_again(flags, unet_calls, tmp_path):
@@ -240,6 +300,14 @@ def test_a_cache_encodes_each_image_once_and_trains_as_without_it(flags, tmp_pat
     assert not encoded and all(torch.equal(value, weights(cached)[key]) for key, value in weights(again).items())
 
 
+def test_a_cached_run_refreshes_references_that_another_one_began(flags):
+    """The class prompt is embedded before the text encoders go, though at first no reference is drawn."""
+    run(flags("concept", max_train_steps=1))
+    changes = {"cache_latents": True, "center_crop": True, "reference_refresh_steps": 2, "num_validation_images": 1}
+    folder = run(flags("concept", validation_prompts=["grinning face"], **changes))
+    assert len(list((folder / "references" / "step-000002").glob("*.png"))) == 3
+
+
 # ---- Early stopping ----
 
 
@@ -255,13 +323,23 @@ def test_early_stopping_keeps_the_best_lora(flags, tmp_path, monkeypatch):
     best = load_file(folder / "checkpoint-1" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(value, weights(folder)[key]) for key, value in best.items())
 
+    # Taken up where nothing is left to do, and after another run has had the folder `best`: the checkpoint has its own
+    save_file({key: value + 1 for key, value in best.items()}, folder / "best" / "pytorch_lora_weights.safetensors")
+    for steps in (1, 2):
+        (tmp_path / "falling.py").write_text("def score(images, prompts):\n    return [1.0] * len(images)\n")
+        sys.modules.pop("falling")
+        run(flags(**changes | {"resume_from_checkpoint": "checkpoint-1", "max_train_steps": steps}))
+        assert all(torch.equal(value, weights(folder)[key]) for key, value in best.items())
+
 
 # ---- Data ----
 
 
-def test_a_stream_trains_on_the_same_pairs(flags, tmp_path):
+def test_a_stream_trains_on_the_same_pairs(flags, tmp_path, caplog):
     table = metrics(run(flags(output_dir=tmp_path / "table", max_train_steps=3)))
+    assert "1 ties are left out, 6 pairs are kept" in caplog.text
     stream = metrics(run(flags(output_dir=tmp_path / "stream", max_train_steps=3, streaming=True)))
+    assert "1 ties were left out in the latest pass" in caplog.text
     assert [line["pairs"] for line in stream] == [line["pairs"] for line in table] == [2, 2, 2]
 
 
@@ -273,7 +351,62 @@ def test_broken_images_are_counted_and_left_out(flags, tasks, tmp_path):
     assert (line["pairs"], line["broken"]) == (5, 1)
 
 
+def test_passes_are_counted_and_so_are_the_broken_pairs_of_steps_without_any(flags, tasks, tmp_path):
+    rows = Dataset.from_parquet(str(tasks / "pairs.parquet"))
+    rows = [row | ({"jpg_1": b"broken"} if index % 2 else {}) for index, row in enumerate(rows)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "half.parquet")
+    changes = {"max_train_steps": None, "num_train_epochs": 2, "train_batch_size": 1, "skip_broken_images": True}
+    lines = metrics(run(flags(dataset_name=tmp_path / "half.parquet", **changes)))
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert [line["broken"] for line in lines] == sorted(line["broken"] for line in lines) and lines[-1]["broken"] >= 3
+
+
+def test_captions_of_500_words_are_truncated_with_one_warning(flags, tasks, tmp_path, monkeypatch):
+    folder = shutil.copytree(tasks / "style", tmp_path / "long")
+    lines = [{"file_name": f"{index}.png", "text": " ".join([caption] * 250)} for index, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())
+    monkeypatch.setattr(sdxl._first_truncation, "warned", False)
+    for name in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+    assert len(metrics(run(flags("style", train_data_dir=folder)))) == 4
+    (message,) = [text for text in records if "oken" in text]
+    assert "truncated" in message and len(message) < 300
+
+
 # ---- Interruption and processes ----
+
+
+def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, tasks, tmp_path, monkeypatch):
+    """Of several shards, shuffled; the ids are those of the steps that the finished run consists of."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(3):
+        shutil.copy(tasks / "pairs.parquet", tmp_path / "shards" / f"train-{shard:05d}-of-00003.parquet")
+    seen, make_pairs = [], train_pso_lora_sdxl.make_pairs
+
+    def record(*arguments):
+        *_, epoch, batch = arguments
+        seen.extend((epoch, record_id) for record_id in batch.ids)
+        return make_pairs(*arguments)
+
+    monkeypatch.setattr(train_pso_lora_sdxl, "make_pairs", record)
+    changes = {"dataset_name": tmp_path / "shards", "streaming": True, "checkpointing_steps": 3, "train_batch_size": 4}
+    whole = run(flags(output_dir=tmp_path / "whole", max_train_steps=10, **changes))  # 5 steps an epoch, the last of 2
+    uninterrupted = seen.copy()
+    assert Counter(uninterrupted) == {
+        (epoch, f"{s}-{row}"): 1 for epoch in (0, 1) for s in range(3) for row in range(6)
+    }
+    assert [i for e, i in uninterrupted if e == 0] != [i for e, i in uninterrupted if e == 1]
+    for steps, done in ((5, 12), (8, 18 + 4)):  # stopped two steps after a checkpoint, with `done` pairs behind it
+        seen.clear()
+        half = tmp_path / f"half-{steps}"
+        run(flags(output_dir=half, max_train_steps=steps, **changes))
+        assert len(seen) > done and seen == uninterrupted[: len(seen)]
+        del seen[done:]
+        run(flags(output_dir=half, max_train_steps=10, resume_from_checkpoint="latest", **changes))
+        assert seen == uninterrupted
+        assert_same_run(half, whole)
 
 
 @pytest.mark.slow
@@ -331,6 +464,9 @@ BAD_INPUT = {
     "another task's flag": ("preference", {"instance_prompt": "x"}, "--instance_prompt goes with --task concept"),
     "missing column": ("preference", {"caption_column": "words"}, "words"),
     "no folder": ("style", {"train_data_dir": "missing"}, "is not a folder"),
+    "another task's column": ("concept", {"image_column": "x"}, "--image_column goes with --task style, not concept"),
+    "another task's number": ("style", {"num_reference_images": 5}, "--num_reference_images goes with --task concept"),
+    "current policy without refresh": ("style", {"reference_policy": "current"}, "--reference_refresh_steps"),
     "no class prompt": ("concept", {"class_prompt": None}, "--class_prompt"),
     "mdp with one step": ("preference", {"weighting": "mdp", "num_inference_steps": 1}, "--weighting mdp"),
     "mdp without noise": ("preference", {"weighting": "mdp", "scheduler": "ddim", "eta": 0}, "--weighting mdp"),
