@@ -139,7 +139,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, output_dir: str):
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
-    add("--seed", type=non_negative_int, default=0, help="Seed of everything that is drawn.")
+    add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
     add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every so many optimizer "
         "steps; online at the next epoch boundary.")  # fmt: skip
     add("--checkpoints_total_limit", type=positive_int, help="Keep only so many of the newest checkpoints.")

@@ -349,7 +349,8 @@ def load_instance_images(instance_data_dir: str, caption: str = "") -> Table:
     """
     from datasets import Dataset  # imported here, as below, because it takes seconds
 
-    name, folder = f"--instance_data_dir {instance_data_dir}", Path(instance_data_dir).expanduser()
+    # resolved, for the table takes paths that are not absolute as lying in its folder
+    name, folder = f"--instance_data_dir {instance_data_dir}", Path(instance_data_dir).expanduser().resolve()
     check_folder(folder, name)
     files = image_files(folder.iterdir())
     if not files:

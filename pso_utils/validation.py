@@ -210,7 +210,7 @@ def before_and_after(
 
 
 def shorten(text: str, width: int, font) -> str:
-    """`text` on one line and cut to `width` pixels."""
+    """`text` in one line, cut to `width` pixels."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

@@ -255,6 +255,14 @@ def test_instance_images_are_sorted_by_name_and_share_a_caption(tmp_path):
     assert sorted(ids(read(make_loader(source)))) == ["0", "1", "2"]
 
 
+def test_instance_images_are_found_from_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    write_image_folder(tmp_path / "photos" / "cat", metadata=None)
+    monkeypatch.chdir(tmp_path)
+    source = load_instance_images("photos/cat", caption="a photo of sks cat")
+    assert sorted(ids(read(make_loader(source)))) == ["0", "1", "2"]
+
+
 # ---- Order ----
 
 
