@@ -58,14 +58,20 @@ logger = get_logger(__name__)
 
 # ---- Flags ----
 
-# What the flags of a task are unless given. preference: a prototype's, which stayed on the data with the anchor and
-# left it without; style and concept: weaker, for their targets are easy to tell from their references.
+# What the flags of a task are unless given, by weighting: the first one is the task's own, the others are for who asks
+# for them. demo/README.md has what was tried. A beta is right where beta times the difference of gains that a fully
+# learnt pair shows is some 3 to 15: with more, the loss saturates before the samples change.
 TASK_DEFAULTS = {
-    "preference": {"loss": "sigmoid", "weighting": "epsilon", "beta": 200.0, "target_anchor": 100.0},
-    "style": {"loss": "sigmoid", "weighting": "epsilon", "beta": 50.0, "target_anchor": 25.0},
-    "concept": {"loss": "sigmoid", "weighting": "epsilon", "beta": 50.0, "target_anchor": 25.0},
+    "preference": {
+        "mdp": {"beta": 30.0, "target_anchor": 60.0, "reference_weight": 1.0},
+        "x0": {"beta": 10.0, "target_anchor": 10.0, "reference_weight": 1.0},
+        "epsilon": {"beta": 200.0, "target_anchor": 200.0, "reference_weight": 1.0},
+    },
+    "style": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.05}},
+    "concept": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.2, "class_anchor": 10.0}},
 }
-HINGE_BETA = 5.0  # the release's; the hinge's unit is an error, the sigmoid's a difference of small gains
+# The release's, but for its reference_weight of 0.1, with which the hinge is regression onto the target.
+HINGE_DEFAULTS = {"beta": 5.0, "reference_weight": 0.5}
 
 
 def parse_args(argv=None):
@@ -103,15 +109,18 @@ def parse_args(argv=None):
     add("--cache_latents", action="store_true", help="Encode images and prompts once, to disk; the text encoders leave "
         "memory and the VAE the accelerator. Takes --center_crop.")  # fmt: skip
     add = parser.add_argument_group("offline PSO").add_argument
-    add("--loss", choices=LOSSES, help="sigmoid: PSO with the reference model. hinge: without it, as released for "
-        "concepts. diffusion: the plain diffusion loss on the targets, PSO's rival.")  # fmt: skip
+    add("--loss", choices=LOSSES, default="sigmoid", help="sigmoid: PSO with the reference model. hinge: without "
+        "it, as released for concepts. diffusion: the plain diffusion loss on the targets, PSO's rival.")  # fmt: skip
     add("--weighting", choices=WEIGHTINGS, help="Of the squared error of the clean latents: epsilon (alpha/sigma)^2, "
         "x0 1, mdp the exact KL divergence of the transitions.")  # fmt: skip
     add("--beta", type=arguments.positive_float, help="Strength of the preference.")
     add("--target_anchor", type=non_negative_float, help="sigmoid: weight of relu(growth of the target's error); about "
         "beta / 2 keeps the samples on the data.")  # fmt: skip
-    add("--reference_weight", type=non_negative_float, default=0.5, help="hinge: kappa, the reference's share. The "
-        "release's 0.1 is, with the other values, plain regression onto the target.")  # fmt: skip
+    add("--class_anchor", type=non_negative_float, help="concept, sigmoid: weight of the squared distance that "
+        "the class prompt's predictions move away from the reference model's; keeps the class as it is.")  # fmt: skip
+    add("--reference_weight", type=non_negative_float, help="The reference's share. sigmoid: 1 is PSO; less repels "
+        "less. hinge: kappa, by default 0.5; the release's 0.1 is, with its other values, plain regression onto the "
+        "target.")  # fmt: skip
     add("--prior_loss_weight", type=non_negative_float, default=0.5, help="hinge: lambda, the weight of regression "
         "onto the references.")  # fmt: skip
     add("--log_gradient_shares", action="store_true", help="Log each timestep's share of the gradient's norm; costs a "
@@ -135,13 +144,39 @@ def parse_args(argv=None):
     for flag, tasks in OWN_FLAGS.items():
         if getattr(args, flag) != parser.get_default(flag) and args.task not in tasks:
             parser.error(f"--{flag} goes with --task {' or '.join(tasks)}, not {args.task}: drop it")
-    for name, value in TASK_DEFAULTS[args.task].items():
-        if getattr(args, name) is None:
-            setattr(args, name, HINGE_BETA if name == "beta" and args.loss == "hinge" else value)
     if args.caption_column is None:
         args.caption_column = "caption" if args.task == "preference" else "text"
     args.offload |= args.cache_latents  # the VAE is only used for validation and for new references
     return args
+
+
+def fits_schedule(weighting: str, schedule: Schedule) -> bool:
+    try:
+        check_weighting(schedule, weighting)
+    except ValueError:
+        return False
+    return True
+
+
+def set_loss_defaults(args, schedule: Schedule):
+    """Fills in the flags of the loss that were not given.
+
+    Raises:
+        ValueError: the weighting does not fit the schedule, or has no defaults for the task.
+    """
+    if args.loss == "diffusion":
+        return
+    by_weighting = {"epsilon": HINGE_DEFAULTS} if args.loss == "hinge" else TASK_DEFAULTS[args.task]
+    if args.weighting is None:
+        args.weighting = next(weighting for weighting in by_weighting if fits_schedule(weighting, schedule))
+    check_weighting(schedule, args.weighting)
+    defaults = by_weighting.get(args.weighting, {"beta": None, "reference_weight": 1.0})
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.beta is None:
+        raise ValueError(f"--weighting {args.weighting} has no default --beta for --task {args.task}: pass one")
+    args.target_anchor, args.class_anchor = args.target_anchor or 0.0, args.class_anchor or 0.0
 
 
 def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None]:
@@ -160,6 +195,8 @@ def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None
         raise ValueError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
     if args.cache_latents and args.streaming:
         raise ValueError("--cache_latents keeps on disk what --streaming is to spare it: drop one of them")
+    if args.class_anchor and args.loss != "sigmoid":
+        raise ValueError(f"--class_anchor goes with --loss sigmoid, not {args.loss}: drop it")
     if args.streaming and args.max_train_steps is None:
         raise ValueError("--streaming does not tell how many pairs there are: pass --max_train_steps")
     if args.early_stopping_patience and not args.reward:
@@ -169,10 +206,10 @@ def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None
     reward_specs = parse_rewards(args.reward, args.reward_model) if args.reward else []
     source = SOURCES[args.task](args)
     training.check_model_files(args)
+    training.check_lora_flags(args)
     scheduler = training.load_scheduler(args)
     schedule = training.training_schedule(args, scheduler, stochastic=False)
-    if args.loss != "diffusion":
-        check_weighting(schedule, args.weighting)
+    set_loss_defaults(args, schedule)
     training.deployment_settings(args, scheduler)
     return source, reward_specs, training.checkpoint_to_resume(args)
 
@@ -199,6 +236,7 @@ OWN_FLAGS = {
     "num_reference_images": ["concept"],
     "reference_policy": ["style", "concept"],
     "reference_refresh_steps": ["style", "concept"],
+    "class_anchor": ["concept"],
 }
 
 
@@ -250,28 +288,32 @@ SOURCES = {"preference": preference_source, "style": style_source, "concept": co
 
 
 class Pairs(NamedTuple):
-    """b pairs at one noise level each, on the accelerator; `latents[0]` are the targets, `latents[1]` the references
-    (absent for the diffusion loss)."""
+    """b pairs at one noise level each, on the accelerator, as k rows of b: the targets, their references (k = 2) and,
+    with --class_anchor, the references once more, with the class prompt (k = 3). The diffusion loss takes the targets
+    alone (k = 1)."""
 
-    latents: Tensor  # [2, b, C, H, W], clean
-    noise: Tensor  # [b, C, H, W], shared by target and reference
+    latents: Tensor  # [k, b, C, H, W], clean
+    noise: Tensor  # [b, C, H, W], shared by a pair
     place: Tensor  # [b], uniform in [0, 1): which timestep
-    prompt_embeds: Tensor  # [b, S, D]
-    pooled_prompt_embeds: Tensor  # [b, E]
+    prompt_embeds: Tensor  # [k, b, S, D]
+    pooled_prompt_embeds: Tensor  # [k, b, E]
     time_ids: Tensor  # [b, 6], the target's
 
 
-def pair_errors(schedule: Schedule, denoiser: training.Denoiser, weighting: str, pairs: Pairs, step_index: Tensor):
-    """Weighted errors [2, b] of the targets' and references' predicted clean latents. One UNet call: the b targets and
-    the b references are one batch of 2b."""
-    step_index = step_index.repeat(2)
-    clean = pairs.latents.flatten(0, 1)
-    sample = add_noise(schedule, clean, pairs.noise.repeat(2, 1, 1, 1), step_index)
-    embeds, pooled = pairs.prompt_embeds.repeat(2, 1, 1), pairs.pooled_prompt_embeds.repeat(2, 1)
-    denoise = denoiser(embeds, pooled, pairs.time_ids.repeat(2, 1))
+def predict_pairs(schedule: Schedule, denoiser: training.Denoiser, pairs: Pairs, step_index: Tensor) -> Tensor:
+    """Predicted clean latents [k, b, C, H, W] of the noised pairs, by one UNet call for all of them."""
+    rows = len(pairs.latents)
+    step_index = step_index.repeat(rows)
+    sample = add_noise(schedule, pairs.latents.flatten(0, 1), pairs.noise.repeat(rows, 1, 1, 1), step_index)
+    embeds, pooled = pairs.prompt_embeds.flatten(0, 1), pairs.pooled_prompt_embeds.flatten(0, 1)
+    denoise = denoiser(embeds, pooled, pairs.time_ids.repeat(rows, 1))
     model_output = denoise(scale_model_input(schedule, sample, step_index), schedule.timesteps[step_index])
-    predicted = predict_original_sample(schedule, model_output, sample, step_index)
-    return denoising_error(clean, predicted, forward_weight(schedule, step_index, weighting)).view(2, -1)
+    return predict_original_sample(schedule, model_output, sample, step_index).unflatten(0, (rows, -1))
+
+
+def weighted_errors(weight: Tensor, clean: Tensor, predicted: Tensor) -> Tensor:
+    """`denoising_error` [k, b] of clean latents [k, b, C, H, W], with the weight [b] of each pair's noise level."""
+    return denoising_error(clean.flatten(0, 1), predicted.flatten(0, 1), weight.repeat(len(clean))).view(len(clean), -1)
 
 
 class StepLoss(NamedTuple):
@@ -285,18 +327,28 @@ class StepLoss(NamedTuple):
 def sigmoid_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> StepLoss:
     """PSO: one UNet call without gradient and LoRA, one with both."""
     step_index = (pairs.place * num_weighted_steps(schedule, args.weighting)).long()
+    errors = partial(weighted_errors, forward_weight(schedule, step_index, args.weighting))
     with torch.no_grad(), lora_disabled(unet):
-        reference_model_errors = pair_errors(schedule, denoiser, args.weighting, pairs, step_index)
-    gains = reference_model_errors - pair_errors(schedule, denoiser, args.weighting, pairs, step_index)
-    loss, pair_accuracy, saturated, anchored = offline_pso_loss(*gains, args.beta, args.target_anchor)
+        reference_model = predict_pairs(schedule, denoiser, pairs, step_index)
+    predicted = predict_pairs(schedule, denoiser, pairs, step_index)
+    gains = errors(pairs.latents, reference_model) - errors(pairs.latents, predicted)
+    loss, pair_accuracy, saturated, anchored = offline_pso_loss(
+        *gains[:2], args.beta, args.target_anchor, args.reference_weight
+    )
     metrics = {"target_gain": gains[0], "reference_gain": gains[1], "pair_accuracy": pair_accuracy}
-    return StepLoss(loss, step_index, metrics | {"saturated": saturated, "anchored": anchored})
+    metrics |= {"saturated": saturated, "anchored": anchored}
+    if args.class_anchor:
+        # under the mdp weighting, the KL divergence of the class prompt's transitions from the reference model's
+        metrics["class_drift"] = errors(reference_model, predicted)[2]
+        loss = loss + args.class_anchor * metrics["class_drift"]
+    return StepLoss(loss, step_index, metrics)
 
 
 def hinge_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> StepLoss:
     """The release's reference-free hinge: one UNet call."""
     step_index = (pairs.place * num_weighted_steps(schedule, args.weighting)).long()
-    errors = pair_errors(schedule, denoiser, args.weighting, pairs, step_index)
+    predicted = predict_pairs(schedule, denoiser, pairs, step_index)
+    errors = weighted_errors(forward_weight(schedule, step_index, args.weighting), pairs.latents, predicted)
     loss, pair_accuracy, active = hinge_pso_loss(*errors, args.beta, args.reference_weight, args.prior_loss_weight)
     metrics = {"target_error": errors[0], "reference_error": errors[1], "pair_accuracy": pair_accuracy}
     return StepLoss(loss, step_index, metrics | {"active": active})
@@ -306,7 +358,7 @@ def diffusion_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> St
     """PSO's rival: the plain diffusion loss on the targets, over all training timesteps."""
     timesteps = (pairs.place * schedule.scheduler.config.num_train_timesteps).long()
     inputs = diffusion_inputs(schedule, pairs.latents[0], pairs.noise, timesteps)
-    denoise = denoiser(pairs.prompt_embeds, pairs.pooled_prompt_embeds, pairs.time_ids)
+    denoise = denoiser(pairs.prompt_embeds[0], pairs.pooled_prompt_embeds[0], pairs.time_ids)
     error = (denoise(inputs.model_input, inputs.timesteps).float() - inputs.target) ** 2
     return StepLoss(error.flatten(1).mean(1), torch.zeros_like(timesteps), {})
 
@@ -416,16 +468,21 @@ def make_pairs(args, device, noise_shape, embed, encode, reference_pixels, epoch
     """A batch as (pairs on the accelerator, or None without a sound record; how many are broken)."""
     if not batch.ids:
         return None, batch.num_broken
-    pixels = [batch.target_pixels]
+    pixels, captions = [batch.target_pixels], [batch.captions]
     if args.loss != "diffusion":
         pixels += [batch.reference_pixels if batch.reference_pixels is not None else reference_pixels(epoch, batch)]
+        captions += [batch.captions]
     latents = encode(torch.cat(pixels)).unflatten(0, (len(pixels), -1))
+    if args.class_anchor:
+        latents = torch.cat([latents, latents[1:]])
+        captions += [[args.class_prompt] * len(batch.ids)]
+    embeds = (tensor.unflatten(0, (len(captions), -1)) for tensor in embed([c for row in captions for c in row]))
     draw = (args.seed, epoch, batch.ids)
     tensors = (
         latents,
         draw_noise(*draw, noise_shape),
         draw_timestep_places(*draw),
-        *embed(batch.captions),
+        *embeds,
         crop_time_ids(batch.original_sizes, batch.crop_top_lefts, args.resolution),
     )
     return Pairs(*(tensor.to(device) for tensor in tensors)), batch.num_broken
@@ -536,6 +593,7 @@ def run(args):
     draw_pixels = partial(reference_pixels, args, references, places)
     shape = latent_shape(pipeline, args.resolution)
     to_pairs = partial(make_pairs, args, accelerator.device, shape, embed, encode, draw_pixels)
+    names = METRICS[args.loss] + ["class_drift"] * bool(args.class_anchor)
     step_loss = partial(LOSSES[args.loss], args, pipeline.unet, schedule, denoiser)
     log_shares = args.log_gradient_shares and args.loss != "diffusion"  # which is not trained at the schedule's steps
     num_shares = num_weighted_steps(schedule, args.weighting) if log_shares else 0
@@ -562,7 +620,8 @@ def run(args):
         drawing.close()
     prompts = args.validation_prompts or validation_prompts(args, source)
     if args.cache_latents:
-        fill_cache(args, accelerator, pipeline, loader, references, embed, encode, prompts)
+        more_prompts = prompts + [args.class_prompt] * bool(args.class_anchor)
+        fill_cache(args, accelerator, pipeline, loader, references, embed, encode, more_prompts)
     validate = validation.Validation(
         args, accelerator, pipeline, prompts, settings, args.sample_batch_size, embed, decode, score, rewards, log
     )
@@ -578,7 +637,7 @@ def run(args):
         for group in loader.groups(state.epoch, state.position):
             batches = (to_pairs(state.epoch, batch) for batch in group.batches)
             metrics, shares = accumulate_gradients(
-                accelerator, parameters, step_loss, batches, group_size, METRICS[args.loss], num_shares
+                accelerator, parameters, step_loss, batches, group_size, names, num_shares
             )
             state.position = group.end
             state.num_broken += int(metrics.pop("broken"))
@@ -627,6 +686,7 @@ def run(args):
     if accelerator.is_main_process:
         facts = ["task", "loss", *LOSS_FLAGS[args.loss], "learning_rate", "rank", "seed"]
         facts = {name: getattr(args, name) for name in facts}
+        facts = {name: value for name, value in facts.items() if value is not None}  # the diffusion loss has few
         method = "plain diffusion loss" if args.loss == "diffusion" else "offline PSO"
         facts = {"method": method, "optimizer steps": state.global_step, **facts}
         prompt = validate.prompts[0]

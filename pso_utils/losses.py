@@ -110,8 +110,8 @@ class OfflinePSOLoss(NamedTuple):
         loss: differentiable, not reduced.
         pair_accuracy: 1 where the target gained more, 0 where the reference did, 0.5 where they are equal (as before
             the first update).
-        saturated: 1 where sigmoid(-beta * (target gain - reference gain)), the factor that the sigmoid loss leaves of
-            the gradient, is below `SATURATION`.
+        saturated: 1 where sigmoid(-margin), the factor that the sigmoid loss leaves of the gradient, is below
+            `SATURATION`.
         anchored: 1 where the target anchor is active: its weight is above 0 and the target's error has grown.
     """
 
@@ -122,12 +122,17 @@ class OfflinePSOLoss(NamedTuple):
 
 
 def offline_pso_loss(
-    target_gain: Tensor, reference_gain: Tensor, beta: float, target_anchor: float = 0.0
+    target_gain: Tensor,
+    reference_gain: Tensor,
+    beta: float,
+    target_anchor: float = 0.0,
+    reference_weight: float = 1.0,
 ) -> OfflinePSOLoss:
     r"""Offline PSO loss of one noise level of each pair, in float32 whatever the inputs' dtype.
 
         gain = d_ref(x0) - d_theta(x0)
-        loss = -log sigmoid(beta * (gain(target) - gain(reference))) + target_anchor * relu(-gain(target))
+        margin = beta * (gain(target) - reference_weight * gain(reference))
+        loss = -log sigmoid(margin) + target_anchor * relu(-gain(target))
 
     Diffusion-DPO (arXiv 2311.12908) is the case of errors in epsilon space at uniform timesteps, with beta half of its
     own. The target anchor keeps the target's own error from growing while the difference of the gains does.
@@ -137,16 +142,19 @@ def offline_pso_loss(
         reference_gain: `[B]`, the same of the samples that they were preferred to.
         beta: strength of the preference, in units of 1 / error; the larger, the sooner a pair saturates.
         target_anchor: weight of the anchor, in the same units; 0 is none, beta / 2 a strong one.
+        reference_weight: the reference's share in the difference; 1 is PSO. Less attracts more than it repels, which
+            stays on the data where targets and references are easy to tell apart: a target's error can fall to 0 and
+            no further, while a reference's can grow without end, in any direction.
 
     Raises:
-        ValueError: the gains are not two vectors of one length, `beta` is not a positive number, or `target_anchor`
-            is negative or not finite.
+        ValueError: the gains are not two vectors of one length, `beta` is not a positive number, or a weight is
+            negative or not finite.
     """
     _check_pair("gains", target_gain, reference_gain, beta)
-    _check_not_negative(target_anchor=target_anchor)
+    _check_not_negative(target_anchor=target_anchor, reference_weight=reference_weight)
 
     target_gain, reference_gain = target_gain.float(), reference_gain.float()
-    margin = beta * (target_gain - reference_gain)
+    margin = beta * (target_gain - reference_weight * reference_gain)
     loss = -F.logsigmoid(margin) + target_anchor * F.relu(-target_gain)
     with torch.no_grad():
         return OfflinePSOLoss(

@@ -233,11 +233,12 @@ def test_offline_loss_equals_the_plain_transcription(scheduler_class, prediction
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
 
     beta, anchor = 3 / float((expected[1] - expected[0]).abs().max()), 2.0
-    result = offline_pso_loss(computed[1] - computed[0], computed[3] - computed[2], beta, anchor)
     d_theta_tau, d_ref_tau, d_theta_rho, d_ref_rho = expected
-    loss = -torch.log(torch.sigmoid(beta * ((d_ref_tau - d_theta_tau) - (d_ref_rho - d_theta_rho))))
-    loss += anchor * torch.clamp(d_theta_tau - d_ref_tau, min=0)
-    torch.testing.assert_close(result.loss.double(), loss, rtol=1e-4, atol=1e-5)
+    for weight in (1.0, 0.3):
+        result = offline_pso_loss(computed[1] - computed[0], computed[3] - computed[2], beta, anchor, weight)
+        loss = -torch.log(torch.sigmoid(beta * ((d_ref_tau - d_theta_tau) - weight * (d_ref_rho - d_theta_rho))))
+        loss += anchor * torch.clamp(d_theta_tau - d_ref_tau, min=0)
+        torch.testing.assert_close(result.loss.double(), loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,7 @@ ZEROS = torch.zeros(2)
         (offline_pso_loss, (ZEROS, torch.zeros(3), 50.0), r"gains must be two vectors.*not \[2\] and \[3\]"),
         (offline_pso_loss, (ZEROS, ZEROS, math.inf), "beta must be a positive number, not inf"),
         (offline_pso_loss, (ZEROS, ZEROS, 50.0, -1.0), "target_anchor must be a number of at least 0, not -1.0"),
+        (offline_pso_loss, (ZEROS, ZEROS, 50.0, 0.0, -1.0), "reference_weight must be a number of at least 0"),
         (hinge_pso_loss, (ZEROS[None], ZEROS[None], 5.0, 0.1, 0.5), "errors must be two vectors"),
         (hinge_pso_loss, (ZEROS, ZEROS, -5.0, 0.1, 0.5), "beta must be a positive number, not -5.0"),
         (hinge_pso_loss, (ZEROS, ZEROS, 5.0, -0.1, 0.5), "reference_weight must be a number of at least 0"),

@@ -117,6 +117,13 @@ def test_unet_calls_of_a_batch_of_two_pairs(flags, unet_calls, loss, calls):
     assert unet_calls == calls * 4
 
 
+def test_the_class_anchor_rides_in_the_same_unet_calls(flags, unet_calls):
+    run(flags("concept", max_train_steps=1))
+    assert unet_calls[-2:] == [(False, False, 6), (True, True, 6)]  # two targets, two references, and those once more
+    run(flags("concept", max_train_steps=1, class_anchor=0))
+    assert unet_calls[-2:] == [(False, False, 4), (True, True, 4)]
+
+
 def test_the_diffusion_loss_draws_no_references(flags, unet_calls):
     folder = run(flags("style", loss="diffusion", max_train_steps=1))
     assert unet_calls == [(True, True, 2)] and not (folder / "references").exists()
@@ -147,6 +154,36 @@ def test_training_tells_targets_from_references(flags, changes):
     assert target_gain > reference_gain and pair_accuracy > 0.5
 
 
+@pytest.mark.parametrize(
+    "changes, weighting, beta",
+    [
+        ({}, "mdp", 30),
+        ({"num_inference_steps": 1}, "x0", 10),
+        ({"scheduler": "ddim", "eta": 0}, "x0", 10),
+        ({"weighting": "epsilon"}, "epsilon", 200),
+        ({"weighting": "epsilon", "beta": 7}, "epsilon", 7),
+        ({"loss": "hinge"}, "epsilon", 5),
+    ],
+    ids=str,
+)
+def test_the_default_weighting_suits_the_schedule_and_the_default_beta_the_weighting(flags, changes, weighting, beta):
+    card = (run(flags(max_train_steps=1, **changes)) / "README.md").read_text()
+    assert f"| weighting | {weighting} |" in card and f"| beta | {float(beta)} |" in card
+
+
+def test_the_class_anchor_holds_the_class_prompt(flags, tmp_path):
+    """How far the class prompt's predictions are from those without LoRA, after the same training."""
+    changes = {"max_train_steps": 40, "learning_rate": 3e-3, "rank": 16, "center_crop": True}
+    drifts = []
+    for anchor in (1e-6, 100):
+        first, *_, last = metrics(
+            run(flags("concept", output_dir=tmp_path / str(anchor), class_anchor=anchor, **changes))
+        )
+        assert first["class_drift"] == 0 and last["target_gain"] > 0
+        drifts.append(last["class_drift"])
+    assert drifts[1] < 0.2 * drifts[0]
+
+
 @pytest.mark.parametrize("changes, timestep", [({"num_inference_steps": 1}, 999), ({"timesteps": 399}, 399)])
 def test_a_one_step_schedule_trains(flags, changes, timestep):
     folder = run(flags("style", log_gradient_shares=True, **changes))
@@ -170,8 +207,8 @@ def test_the_update_does_not_depend_on_how_its_pairs_are_batched(flags, tmp_path
 
 
 def test_gradient_shares_add_up_and_leave_the_training_as_it_is(flags, tmp_path):
-    plain = run(flags(output_dir=tmp_path / "plain"))
-    logged = run(flags(output_dir=tmp_path / "logged", log_gradient_shares=True))
+    plain = run(flags(output_dir=tmp_path / "plain", weighting="epsilon"))
+    logged = run(flags(output_dir=tmp_path / "logged", weighting="epsilon", log_gradient_shares=True))
     for line in metrics(logged):
         assert sum(line[f"gradient_share/{t}"] for t in (999, 749, 499, 249)) == pytest.approx(1)
     assert all(torch.equal(value, weights(plain)[key]) for key, value in weights(logged).items())
@@ -273,10 +310,10 @@ def test_references_that_are_there_are_not_drawn_again(flags, unet_calls, tmp_pa
     folder = run(flags("concept", max_train_steps=1))
     (folder / "references" / "step-000000" / "000001.png").unlink()
     run(flags("concept", max_train_steps=1))
-    sampled = [size for grad, _, size in unet_calls if not grad and size != 4]
+    sampled = [size for grad, _, size in unet_calls if not grad and size != 6]
     assert sampled == [3] * 4 + [1] * 4
     run(flags("concept", max_train_steps=1, class_prompt="grinning face"))  # other references
-    assert [size for grad, _, size in unet_calls if not grad and size != 4][8:] == [3] * 4
+    assert [size for grad, _, size in unet_calls if not grad and size != 6][8:] == [3] * 4
 
 
 # ---- Cache ----
@@ -467,6 +504,16 @@ BAD_INPUT = {
     "another task's column": ("concept", {"image_column": "x"}, "--image_column goes with --task style, not concept"),
     "another task's number": ("style", {"num_reference_images": 5}, "--num_reference_images goes with --task concept"),
     "current policy without refresh": ("style", {"reference_policy": "current"}, "--reference_refresh_steps"),
+    "class anchor without PSO": (
+        "concept",
+        {"loss": "hinge", "class_anchor": 1},
+        "--class_anchor goes with --loss",
+    ),
+    "no default beta": (
+        "style",
+        {"weighting": "epsilon"},
+        "--weighting epsilon has no default --beta",
+    ),
     "no class prompt": ("concept", {"class_prompt": None}, "--class_prompt"),
     "mdp with one step": ("preference", {"weighting": "mdp", "num_inference_steps": 1}, "--weighting mdp"),
     "mdp without noise": ("preference", {"weighting": "mdp", "scheduler": "ddim", "eta": 0}, "--weighting mdp"),
