@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKL
 
-from .common import BUILD, learning_rate, load_drawings, set_learning_rate, stage_arguments, train
+from .common import BUILD, autocast, learning_rate, load_drawings, set_learning_rate, stage_arguments, train
 
 
 BATCH = 64
@@ -35,7 +35,7 @@ def main():
         if torch.rand(()) < 0.5:
             batch = batch.flip(-1)
         batch = batch.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(batch).latent_dist
             decoded = vae.decode(posterior.sample()).sample
         error = decoded.float() - batch

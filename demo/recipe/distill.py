@@ -11,7 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from .common import ARTISTS, BUILD, learning_rate, load_drawings, set_learning_rate, train, update_ema
+from .common import ARTISTS, BUILD, autocast, learning_rate, load_drawings, set_learning_rate, train, update_ema
 from .teacher import encode_drawings, load_model, load_tokenizers, noise_schedule, tokenize_kinds
 
 
@@ -23,7 +23,7 @@ ADVERSARIAL_WEIGHT, GRADIENT_PENALTY = 0.1, 0.05
 
 
 def predict_clean(model, noisy, timesteps, conditions, alpha, sigma):
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         noise = model(noisy, timesteps, *conditions).float()
     return (noisy - sigma[timesteps] * noise) / alpha[timesteps]
 
@@ -41,7 +41,7 @@ def solve(model, noisy, start: int, conditions, alpha, sigma):
 
 def encode(model, input_ids):
     """(prompt_embeds, pooled_prompt_embeds) by the text encoders, which are not trained."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast():
         return model.encode(input_ids)
 
 

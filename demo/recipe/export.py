@@ -29,8 +29,9 @@ def main():
     pipeline.vae.register_to_config(_name_or_path="")  # else the path that it was built at
     pipeline.save_pretrained(DEMO / "emoji-turbo")
     teacher.unet.to(torch.float16).save_pretrained(DEMO / "emoji-teacher")
-    captions = sorted(drawings.captions) + sorted(set(drawings.classes))
-    (DEMO / "prompts.txt").write_text("\n".join(captions) + "\n")
+    classes = sorted(set(drawings.classes))
+    (DEMO / "prompts.txt").write_text("\n".join(sorted(drawings.captions) + 2 * classes) + "\n")
+    (DEMO / "class_prompts.txt").write_text("\n".join(classes) + "\n")
 
 
 if __name__ == "__main__":

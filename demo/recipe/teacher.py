@@ -14,6 +14,7 @@ from .common import (
     ARTISTS,
     BUILD,
     Drawings,
+    autocast,
     learning_rate,
     load_drawings,
     set_learning_rate,
@@ -173,7 +174,7 @@ def main():
         timesteps = torch.randint(len(alpha), (BATCH,))
         noise = torch.randn_like(clean)
         noisy = alpha[timesteps] * clean + sigma[timesteps] * noise
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             model_output = model(noisy, timesteps, *model.encode(input_ids[kind, concept]))
         loss = F.mse_loss(model_output.float(), noise)
         optimizer.zero_grad()
