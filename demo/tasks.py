@@ -77,18 +77,21 @@ def concept_views(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
     return all_views[:TRAINING_VIEWS], all_views[TRAINING_VIEWS:]
 
 
+def write_tasks(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    preference_pairs().to_parquet(folder / "preference.parquet")
+    write_ink(folder / "ink")
+    for name in load_drawings("held_out").names:
+        views_folder = folder / "concept" / name.replace(" ", "_")
+        views_folder.mkdir(parents=True, exist_ok=True)
+        for index, view in enumerate(concept_views(name)[0]):
+            view.save(views_folder / f"{index}.png")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tasks"))
-    args = parser.parse_args(argv)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    preference_pairs().to_parquet(args.output_dir / "preference.parquet")
-    write_ink(args.output_dir / "ink")
-    for name in load_drawings("held_out").names:
-        folder = args.output_dir / "concept" / name.replace(" ", "_")
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, view in enumerate(concept_views(name)[0]):
-            view.save(folder / f"{index}.png")
+    write_tasks(parser.parse_args(argv).output_dir)
 
 
 if __name__ == "__main__":

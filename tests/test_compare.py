@@ -1,10 +1,15 @@
 """The comparison's arithmetic against closed forms, and one trial run of the whole script."""
 
+import importlib
 import math
+import shlex
 
 import pytest
+import torch
 
-from demo import compare
+from demo.compare import __main__ as compare
+from demo.compare import report, rows, tasks
+from demo.compare.tasks import TASKS
 
 
 INSIDE = {f"{key} 4 {kind}": 1.0 for key in ("distance", "sharpness") for kind in ("name", "class")}
@@ -20,39 +25,39 @@ def curve(*points: tuple[float, float], guards: dict = INSIDE) -> list[dict]:
 def cells(sharpness: float, **others: float) -> dict[str, dict]:
     """Measures of a model: `sharpness` in every cell but those in `others` ("class_1")."""
     measured = {"distance": 0.05, "share": 0.3, "diversity": 0.2, "rewards": [0.0, 1.0]}
-    values = {cell: others.get("_".join(reversed(cell.split())), sharpness) for cell in compare.CELLS}
+    values = {cell: others.get("_".join(reversed(cell.split())), sharpness) for cell in tasks.CELLS}
     return {cell: measured | {"sharpness": value} for cell, value in values.items()}
 
 
 def test_at_share_is_linear_between_checkpoints():
     points = curve((0.4, 0.9), (0.6, 0.5))
-    assert compare.at_share(points, 0.5) == pytest.approx({"share": 0.5, "retention": 0.7, "step": 15} | INSIDE)
-    assert compare.at_share(points, 0.35)["retention"] == pytest.approx(0.95)
-    assert compare.at_share(points, 0.6) == pytest.approx(points[2])
+    assert tasks.at_share(points, 0.5) == pytest.approx({"share": 0.5, "retention": 0.7, "step": 15} | INSIDE)
+    assert tasks.at_share(points, 0.35)["retention"] == pytest.approx(0.95)
+    assert tasks.at_share(points, 0.6) == pytest.approx(points[2])
 
 
 def test_at_share_takes_the_first_crossing_and_none_for_a_share_never_reached():
     points = curve((0.6, 0.7), (0.4, 0.6), (0.8, 0.2))
-    assert compare.at_share(points, 0.45)["retention"] == pytest.approx(0.85)
-    assert compare.at_share(points, 0.9) is None
-    assert compare.at_share(curve((0.2, 0.5)), 0.5) is None
+    assert tasks.at_share(points, 0.45)["retention"] == pytest.approx(0.85)
+    assert tasks.at_share(points, 0.9) is None
+    assert tasks.at_share(curve((0.2, 0.5)), 0.5) is None
 
 
 def test_retention_is_one_at_the_base_and_zero_at_the_teacher():
-    assert compare.retention(0.9, base=0.9, teacher=0.7) == 1
-    assert compare.retention(0.7, base=0.9, teacher=0.7) == 0
-    assert compare.retention(0.75, base=0.9, teacher=0.7) == pytest.approx(0.25)
-    assert compare.retention(1.0, base=0.9, teacher=0.7) == pytest.approx(1.5)
+    assert tasks.retention(0.9, base=0.9, teacher=0.7) == 1
+    assert tasks.retention(0.7, base=0.9, teacher=0.7) == 0
+    assert tasks.retention(0.75, base=0.9, teacher=0.7) == pytest.approx(0.25)
+    assert tasks.retention(1.0, base=0.9, teacher=0.7) == pytest.approx(1.5)
 
 
 def test_a_summary_keeps_retention_in_the_cells_with_a_gap_alone():
     base, teacher = cells(0.9, name_1=0.8), cells(0.85, name_1=0.6, class_4=0.4)
-    assert compare.gap_cells(base, teacher) == ["1 name", "4 class"]
+    assert tasks.gap_cells(base, teacher) == ["1 name", "4 class"]
     tuned = cells(0.45, name_1=0.7, class_4=0.8)
     tuned["1 class"]["distance"] = 0.1
     tuned["4 name"] |= {"share": 0.6, "rewards": [0.5, 1.5]}
-    point = compare.summarize(tuned, base, teacher, step=7)
-    assert point["step"] == 7 and point["share"] == 0.6
+    point = tasks.summarize_preference(tuned, base, teacher)
+    assert point["share"] == 0.6
     assert point["retention 1 name"] == pytest.approx(0.5)
     assert point["retention 4 class"] == pytest.approx(0.8)
     assert point["retention"] == pytest.approx(0.65)
@@ -63,23 +68,45 @@ def test_a_summary_keeps_retention_in_the_cells_with_a_gap_alone():
 
 
 def test_without_any_gap_there_is_no_retention():
-    assert math.isnan(compare.summarize(cells(0.8), cells(0.9), cells(0.85))["retention"])
+    assert math.isnan(tasks.summarize_preference(cells(0.8), cells(0.9), cells(0.85))["retention"])
 
 
 @pytest.mark.parametrize("kind", ["name", "class"])
 def test_guards(kind):
-    assert compare.holds_guards(INSIDE)
-    assert compare.holds_guards(INSIDE | {f"distance 4 {kind}": 1.1, f"sharpness 4 {kind}": 0.9})
-    assert not compare.holds_guards(INSIDE | {f"distance 4 {kind}": 1.11})
-    assert not compare.holds_guards(INSIDE | {f"sharpness 4 {kind}": 0.89})
-    assert not compare.holds_guards(INSIDE | {f"sharpness 4 {kind}": 1.11})
+    holds = TASKS["preference"].holds_guards
+    assert holds(INSIDE)
+    assert holds(INSIDE | {f"distance 4 {kind}": 1.1, f"sharpness 4 {kind}": 0.9})
+    assert not holds(INSIDE | {f"distance 4 {kind}": 1.11})
+    assert not holds(INSIDE | {f"sharpness 4 {kind}": 0.89})
+    assert not holds(INSIDE | {f"sharpness 4 {kind}": 1.11})
+
+
+def test_a_sharp_sample_off_the_ink_drawings_fails_the_guards_of_style():
+    holds = TASKS["style"].holds_guards
+    on_data = {"distance 4 name": tasks.INK_DISTANCE, "sharpness 4 name": 1.0}
+    assert holds(on_data)
+    assert not holds(on_data | {"distance 4 name": 1.01 * tasks.INK_DISTANCE})
+    assert not holds(on_data | {"sharpness 4 name": 0.84}) and not holds(on_data | {"sharpness 4 name": 1.16})
+
+
+def test_a_concept_counts_while_its_class_is_drawn_as_before():
+    base = {key: [0.5, 0.6, 0.7] for key in ("image cosine", "closeness", "class clip")} | {"class diversity": 0.4}
+    tuned = base | {"image cosine": [0.8, 0.9, 1.1], "closeness": [0.6, 0.7, 0.8]}
+    point = tasks.summarize_concept(tuned, base, base)
+    assert point["share"] == pytest.approx(2.8 / 3) and point["distance"] == pytest.approx(-0.7)
+    gains = torch.tensor([0.3, 0.3, 0.4])
+    assert point["cosine gain"] == pytest.approx((gains.mean() / gains.std() * 3**0.5).item(), rel=1e-4)
+    holds = TASKS["concept"].holds_guards
+    assert holds(point)
+    assert not holds(tasks.summarize_concept(tuned | {"class clip": [0.4, 0.5, 0.6]}, base, base))
+    assert not holds(tasks.summarize_concept(tuned | {"class diversity": 0.3}, base, base))
 
 
 def test_the_chosen_rate_goes_furthest_within_the_guards():
     fast = curve((0.5, 0.9), (0.9, 0.8))
     fast[2] |= OUTSIDE
     curves = {"slow": curve((0.4, 1.0), (0.45, 1.0)), "medium": curve((0.5, 0.7), (0.6, 0.6)), "fast": fast}
-    assert compare.choose(curves, 0.5) == "medium"
+    assert tasks.choose(TASKS["preference"], curves) == "medium"
 
 
 def test_outside_the_guards_the_chosen_rate_retains_most_at_the_matched_share():
@@ -88,13 +115,13 @@ def test_outside_the_guards_the_chosen_rate_retains_most_at_the_matched_share():
         "medium": curve((0.5, 0.7), guards=OUTSIDE),
         "fast": curve((0.7, 0.8), guards=OUTSIDE),  # at 0.5: 0.9
     }
-    assert compare.choose(curves, 0.5) == "fast"
-    assert compare.choose({name: curves[name] for name in ("short",)}, 0.5) == "short"
+    assert tasks.choose(TASKS["preference"], curves) == "fast"
+    assert tasks.choose(TASKS["preference"], {"short": curves["short"]}) == "short"
 
 
 def test_mean_and_range():
-    assert compare.spread([1.0, 2.0, 6.0]) == "3.00 (1.00 to 6.00)"
-    assert compare.spread([0.5]) == "0.50" and compare.spread([math.nan]) == compare.spread([]) == "–"
+    assert report.spread([1.0, 2.0, 6.0]) == "3.00 (1.00 to 6.00)"
+    assert report.spread([0.5]) == "0.50" and report.spread([math.nan]) == report.spread([]) == "–"
 
 
 def test_flags_that_cannot_work_are_refused(tmp_path, capsys):
@@ -107,20 +134,32 @@ def test_flags_that_cannot_work_are_refused(tmp_path, capsys):
     assert "'fraction': 0.5" in capsys.readouterr().err
 
 
+TRIED = ["diffusion-teacher", "redistilled", "online", "best-of-k", "ink-ours", "concept-ours"]  # one of each kind
+
+
 @pytest.mark.slow
-def test_a_trial_of_every_row_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
+def test_a_trial_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
     flags = ["--fraction", "0.005", "--learning_rates", "1", "--output_dir", str(tmp_path)]
-    compare.main([*flags, "--seeds", "0"])
+    compare.main([*flags, "--seeds", "0", "--rows", *TRIED])
     tables = (tmp_path / "tables.md").read_text()
-    for name in (*compare.ENDS, *compare.ROWS):
+    for name in (*tasks.ENDS, *TRIED):
         assert f"| {name} |" in tables
     assert str(tmp_path) not in tables
-    pictures = ["curves.png", *(f"samples_{steps}.png" for steps in compare.STEPS)]
-    assert all((tmp_path / picture).is_file() for picture in pictures)
+    for name, task in TASKS.items():
+        assert all((tmp_path / f"{picture}.png").is_file() for picture in (f"{name}_curves", *task.pictures))
 
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
-    assert len(first) == len(compare.ENDS) + len(compare.ROWS)
-    compare.main([*flags, "--seeds", "0", "1", "--rows", "diffusion"])
+    assert len(first) == len(tasks.ENDS) * len(TASKS) + len(TRIED)
+    compare.main([*flags, "--seeds", "0", "1", "--rows", "concept-ours"])
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    assert "| diffusion | " in (tmp_path / "tables.md").read_text()
-    assert (tmp_path / "diffusion" / "lr5e-4-seed1" / "run.json").is_file()
+    assert "| concept-ours | " in (tmp_path / "tables.md").read_text()
+    learning_rate = rows.ROWS["concept-ours"].learning_rates[0]
+    assert (tmp_path / "concept-ours" / f"lr{learning_rate}-seed1" / "run.json").is_file()
+
+
+def test_every_command_of_the_rows_is_one_that_its_script_takes(tmp_path):
+    for row in rows.ROWS.values():
+        if row.command:
+            script, *flags = shlex.split(row.command.format(tasks=tmp_path, prepared=tmp_path))
+            args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+            assert args.num_validation_images == 0 and args.pretrained_model_name_or_path == "demo/emoji-turbo"

@@ -129,7 +129,7 @@ def test_a_short_run_of_the_demo_raises_the_reward(tmp_path):
     command = readme.split("<!-- demo -->")[1].split("```")[1].split("train_pso_online.py", 1)[1]
     flags = shlex.split(command.replace("\\\n", " "))
     flags[flags.index("--output_dir") + 1] = str(tmp_path / "run")
-    flags[flags.index("--max_train_steps") + 1] = "8"  # of 20: three minutes on two slow cores
+    flags[flags.index("--max_train_steps") + 1] = "8"  # of 22: three minutes on two slow cores
     subprocess.run([sys.executable, "train_pso_online.py", *flags], cwd=ROOT, check=True)
     evaluate.main(["--lora", f"run={tmp_path / 'run'}", "--num_images", "256", "--output_dir", str(tmp_path / "out")])
     rows = json.loads(Path(tmp_path, "out", "results.json").read_text())

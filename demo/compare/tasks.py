@@ -1,0 +1,336 @@
+"""What rows are tuned to: how a model is measured for it, and how its curves of measures are compared."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+from demo.concept import ConceptYardstick
+from demo.evaluate import draw, grid, paired
+from demo.measures import KINDS, Yardstick, to_pixels
+from demo.recipe.common import ARTISTS, DEMO, STYLES
+from demo.rewards import twemoji
+from demo.tasks import WINNER
+from pso_utils.mdp import convert_scheduler
+
+
+CONCEPT = "snake"  # held out from all training
+ENDS = {"base": None, "teacher": DEMO / "emoji-teacher"}  # the scale's two ends
+
+
+def start_worker(threads: int):
+    """Sets up a process that runs one part of the comparison at a time."""
+    torch.set_num_threads(threads)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def scaled(count: int, args, at_least: int = 2) -> int:
+    return max(at_least, round(count * args.fraction))
+
+
+def load_pipeline(weights: Path | None = None) -> StableDiffusionXLPipeline:
+    """The distilled pipeline; `weights` is the folder of a LoRA to load or of a UNet to put in."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "emoji-turbo")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = convert_scheduler(pipeline.scheduler, "lcm")
+    if weights is not None and (weights / "config.json").exists():
+        pipeline.unet = UNet2DConditionModel.from_pretrained(weights)
+    elif weights is not None:
+        pipeline.load_lora_weights(weights)
+    return pipeline
+
+
+def finished(folder: Path, name: str) -> dict | None:
+    """What a finished stage wrote last; without it the folder is emptied for a new start."""
+    path = folder / name
+    if path.exists():
+        return json.loads(path.read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return None
+
+
+# ---- Measuring ----
+
+STEPS = (1, 2, 4)
+CELLS = [f"{steps} {kind}" for steps in STEPS for kind in KINDS]
+GOAL = "4 name"  # the share of these samples that are closest to the preferred artist's drawing, or to the ink's
+SEED, PICTURED = 1_000_000, 11  # of the noise, as in demo.evaluate; images of a cell that are kept
+yardstick, concept_yardstick = cache(Yardstick), cache(ConceptYardstick)
+
+
+def cell_images(args, pipeline, styles: tuple[str, ...]):
+    """Yields (cell, prompts, images, their measures), drawn for the same prompts from the same noise by every model."""
+    concepts = yardstick(styles).concepts(scaled(args.num_images, args, at_least=12))
+    for cell in CELLS:
+        steps, kind = cell.split()
+        prompts = yardstick(styles).prompts(kind, concepts)
+        images = draw(pipeline, prompts, int(steps), SEED)
+        yield cell, prompts, images, yardstick(styles).measure(to_pixels(images), kind, concepts)
+
+
+def measure_preference(args, pipeline) -> tuple[dict, list]:
+    cells, pictures = {}, []
+    for cell, prompts, images, measures in cell_images(args, pipeline, ARTISTS):
+        cells[cell] = {
+            "distance": measures.distance.mean().item(),
+            "sharpness": measures.sharpness,
+            "share": measures.shares[WINNER],
+            "diversity": measures.diversity,
+            "rewards": twemoji(images, prompts).tolist(),
+        }
+        pictures.append(images[:PICTURED])
+    return cells, pictures
+
+
+def measure_style(args, pipeline) -> tuple[dict, list]:
+    cells, pictures = {}, []
+    for cell, _, images, measures in cell_images(args, pipeline, STYLES):
+        cells[cell] = {
+            "distance": measures.style_distances[:, STYLES.index("ink")].mean().item(),
+            "sharpness": yardstick(STYLES).ratio_to(to_pixels(images), "ink"),
+            "share": measures.shares["ink"],
+            "diversity": measures.diversity,
+        }
+        pictures.append(images[:PICTURED])
+    return cells, pictures
+
+
+def measure_concept(args, pipeline) -> tuple[dict, list]:
+    measures = concept_yardstick(CONCEPT).measure(pipeline, scaled(args.num_images, args, at_least=12), SEED)
+    cells = {key: scores.tolist() for key, scores in measures.scores.items()}
+    images = measures.images
+    return cells | {"class diversity": measures.class_diversity}, [images[:PICTURED], images[PICTURED:]]
+
+
+@torch.no_grad()
+def measure(args, task: str, weights: Path | None, picture: Path) -> dict:
+    cells, pictures = TASKS[task].measure(args, load_pipeline(weights))
+    grid(pictures, scale=1).save(picture)
+    return cells
+
+
+def end_folder(args, task: str, end: str) -> Path:
+    return args.output_dir / f"{end}-{task}"
+
+
+def measure_end(args, task: str, end: str) -> str:
+    folder = end_folder(args, task, end)
+    if finished(folder, "run.json") is None:
+        (folder / "run.json").write_text(json.dumps(measure(args, task, ENDS[end], folder / "step-0.png")))
+    return f"{end}, {task}"
+
+
+def read_ends(args, task: str) -> dict[str, dict]:
+    return {end: json.loads((end_folder(args, task, end) / "run.json").read_text()) for end in ENDS}
+
+
+# ---- Comparing: a curve is a list of points, each a flat dict of numbers, the base first ----
+
+GAP = 0.1  # of sharpness between base and teacher: below it distillation gave a cell nothing to lose
+
+
+def gap_cells(base: dict, teacher: dict) -> list[str]:
+    return [cell for cell in CELLS if base[cell]["sharpness"] - teacher[cell]["sharpness"] >= GAP]
+
+
+def retention(tuned: float, base: float, teacher: float) -> float:
+    """How much of what distillation gave is left: 1 at the base, 0 at the teacher."""
+    return (tuned - teacher) / (base - teacher)
+
+
+def summarize_preference(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+    """Distances, sharpness and diversity are ratios to the base's; the reward's gain is in the base's standard
+    deviations."""
+    point = {}
+    for cell in CELLS:
+        point[f"distance {cell}"] = cells[cell]["distance"] / base[cell]["distance"]
+        point[f"sharpness {cell}"] = cells[cell]["sharpness"] / base[cell]["sharpness"]
+    for cell in gap_cells(base, teacher):
+        values = (measured[cell]["sharpness"] for measured in (cells, base, teacher))
+        point[f"retention {cell}"] = retention(*values)
+    kept = [value for key, value in point.items() if key.startswith("retention")]
+    point["retention"] = mean(kept) if kept else math.nan
+    for steps in STEPS:
+        point[f"distance {steps}"] = mean(point[f"distance {steps} {kind}"] for kind in KINDS)
+    rewards = [torch.tensor(measured[GOAL]["rewards"]) for measured in (cells, base)]
+    point |= {"share": cells[GOAL]["share"], "gain": paired(*rewards)["base_deviations"]}
+    point["diversity"] = cells["4 class"]["diversity"] / base["4 class"]["diversity"]
+    return point
+
+
+def preference_guards(point: dict) -> bool:
+    """At the distilled number of steps the samples stay on the drawings, and as sharp as the base's."""
+    return all(point[f"distance 4 {kind}"] <= 1.1 and 0.9 <= point[f"sharpness 4 {kind}"] <= 1.1 for kind in KINDS)
+
+
+def summarize_style(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+    """Distances are to the ink drawings, sharpness is a ratio to their reconstructions', diversity to the base's."""
+    point = {f"{key} {cell}": cells[cell][key] for cell in CELLS for key in ("share", "distance", "sharpness")}
+    point["diversity"] = cells["4 class"]["diversity"] / base["4 class"]["diversity"]
+    return point | {"share": cells[GOAL]["share"]}
+
+
+def style_guards(point: dict) -> bool:
+    return point[f"distance {GOAL}"] <= INK_DISTANCE and 0.85 <= point[f"sharpness {GOAL}"] <= 1.15
+
+
+def summarize_concept(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+    """Gains are paired differences to the base in standard errors; the class's figures are ratios to the base's."""
+    means = {key: mean(cells[key]) for key in ("image cosine", "closeness", "class clip")}
+    gains = {key: paired(torch.tensor(cells[key]), torch.tensor(base[key]))["standard_errors"] for key in means}
+    return {
+        "share": means["image cosine"],
+        "cosine gain": gains["image cosine"],
+        "distance": -means["closeness"],
+        "distance gain": gains["closeness"],
+        "class clip": means["class clip"] / mean(base["class clip"]),
+        "class diversity": cells["class diversity"] / base["class diversity"],
+    }
+
+
+def concept_guards(point: dict) -> bool:
+    """The class prompt still draws the class, in as many ways."""
+    return 0.95 <= point["class clip"] <= 1.05 and point["class diversity"] >= 0.8
+
+
+@dataclass(frozen=True)
+class Task:
+    """What rows are tuned to and how they are judged.
+
+    Attributes:
+        measure: (args, pipeline) -> what is measured of a model's samples, and rows of pictures.
+        summarize: (of a model, of the base, of the teacher) -> a curve's point; its `share` is the goal.
+        holds_guards: whether a point is still on the data.
+        share: of the goal, at which rows are compared.
+        about: of the goal and the guards, for the report.
+        columns: of the report's table: a point's key to its title.
+        panels: of the report's curves: a point's key to its title, lowest and highest value.
+        pictures: file name to the rows of pictures that it shows side by side.
+    """
+
+    measure: Callable
+    summarize: Callable
+    holds_guards: Callable
+    share: float
+    about: str
+    columns: dict[str, str]
+    panels: dict[str, tuple[str, float, float]]
+    pictures: dict[str, list[int]]
+
+
+def cells_of(steps: int) -> list[int]:
+    return [CELLS.index(f"{steps} {kind}") for kind in KINDS]
+
+
+# The mean distance of an ink drawing to the closest other one of its class: a sample that is farther from its own shows
+# no drawing. (The base's samples are at 0.75, and sharp ones off the data at 0.8.)
+INK_DISTANCE = 0.68
+TASKS = {
+    "preference": Task(
+        measure_preference,
+        summarize_preference,
+        preference_guards,
+        0.5,
+        f"Share: {WINNER}'s share of 4-step samples of name prompts. Guards, at 4 steps, for name and class prompts: "
+        "distance at most 1.1 times the base's, sharpness 0.9 to 1.1 times. Distances are means over name and class "
+        "prompts; they, sharpness and diversity are ratios to the base's.",
+        {
+            "retention": "retention",
+            "distance 1": "distance, 1 step",
+            "distance 2": "2 steps",
+            "distance 4": "4 steps",
+            "sharpness 4 name": "sharpness, 4 steps, name",
+            "sharpness 4 class": "class",
+            "diversity": "diversity",
+            "gain": "reward gain, SD",
+        },
+        {
+            "retention": ("retention", -0.5, 2.0),
+            "distance 1": ("distance at 1 step / base's", 0.5, 3.0),
+            "distance 4": ("distance at 4 steps / base's", 0.5, 3.0),
+        },
+        {f"preference_{steps}": cells_of(steps) for steps in STEPS},
+    ),
+    "style": Task(
+        measure_style,
+        summarize_style,
+        style_guards,
+        0.6,
+        "Share: samples closest to the ink drawing among the artists' and the ink's, at 4 steps of name prompts. "
+        f"Guards: distance to it at most {INK_DISTANCE}, sharpness 0.85 to 1.15 of its reconstruction's.",
+        {
+            "distance 1 name": "distance, 1 step, name",
+            "distance 4 name": "4 steps, name",
+            "distance 4 class": "4 steps, class",
+            "sharpness 1 name": "sharpness, 1 step, name",
+            "sharpness 4 name": "4 steps, name",
+            "sharpness 4 class": "4 steps, class",
+            "diversity": "diversity / base's",
+        },
+        {
+            "distance 4 name": ("distance, 4 steps, name", 0.0, 1.0),
+            "sharpness 4 name": ("sharpness, 4 steps, name", 0.0, 1.5),
+            "sharpness 1 name": ("sharpness, 1 step, name", 0.0, 1.5),
+        },
+        {f"style_{steps}": cells_of(steps) for steps in STEPS},
+    ),
+    "concept": Task(
+        measure_concept,
+        summarize_concept,
+        concept_guards,
+        0.6,
+        f"Share: CLIP image cosine to held-out views of the concept ({CONCEPT}). Guards: the class prompt's CLIP score "
+        "within 5% of the base's, its diversity at least 0.8 times. Gains are paired, in standard errors.",
+        {
+            "cosine gain": "cosine gain",
+            "distance": "pixel distance",
+            "distance gain": "distance gain",
+            "class clip": "class CLIP / base's",
+            "class diversity": "class diversity / base's",
+        },
+        {
+            "distance": ("pixel distance", 0.0, 1.0),
+            "class clip": ("class CLIP / base's", 0.5, 1.1),
+            "class diversity": ("class diversity / base's", 0.0, 1.5),
+        },
+        {"concept": [0, 1]},
+    ),
+}
+
+
+def at_share(curve: list[dict], share: float) -> dict | None:
+    """The curve's point where the share is first reached, linear between the points beside it; None if it never is."""
+    for before, after in zip(curve, curve[1:]):
+        if before["share"] <= share <= after["share"] and before["share"] < after["share"]:
+            weight = (share - before["share"]) / (after["share"] - before["share"])
+            return {key: before[key] + weight * (after[key] - before[key]) for key in before}
+    return None
+
+
+def guarded_share(task: Task, curve: list[dict]) -> float:
+    """The highest share among the trained points that hold the guards."""
+    return max((point["share"] for point in curve[1:] if task.holds_guards(point)), default=-math.inf)
+
+
+def choose(task: Task, curves: dict[str, list[dict]]) -> str:
+    """The learning rate of the highest share within the guards; where none has such a point, or several have the same
+    share, the one of the best retention, if there is such a thing, at the matched share."""
+
+    def key(learning_rate):
+        matched = at_share(curves[learning_rate], task.share)
+        kept = matched.get("retention", math.nan) if matched else math.nan
+        return guarded_share(task, curves[learning_rate]), -math.inf if math.isnan(kept) else kept
+
+    return max(curves, key=key)
