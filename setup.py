@@ -12,15 +12,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["pso_utils", "pso_utils.*"]),
-    # With the lower bounds together, no test failed. Run: the modules' tests; those of the online script and the demo
-    # that are not marked slow; half of the offline script's (not its streams, caches, broken images and bad input).
+    # With the lower bounds together, no test failed. Run: the modules' tests, and those of both scripts and of the demo
+    # that are not marked slow.
     install_requires=[
         "torch>=2.13.0",
         "diffusers>=0.40.0",  # pipeline, schedulers, LoRA files; 0.39 has no `dtype`
         "transformers>=5.5.4",  # text encoders, CLIP rewards
         "accelerate>=1.12.0",  # devices, processes, mixed precision, trackers
         "peft>=0.18.1",  # LoRA layers
-        "datasets>=4.4.0",  # prompts from the hub or from files
+        "datasets>=5.2.0",  # prompts and pairs; a stream by row groups needs 5
         "tensorboard>=2.20.0",  # the default of --report_to
     ],
     extras_require={
