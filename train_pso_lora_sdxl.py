@@ -365,7 +365,7 @@ def diffusion_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> St
 
 LOSSES = {"sigmoid": sigmoid_loss, "hinge": hinge_loss, "diffusion": diffusion_loss}
 LOSS_FLAGS = {  # what the model card says of a loss
-    "sigmoid": ["weighting", "beta", "target_anchor"],
+    "sigmoid": ["weighting", "beta", "target_anchor", "reference_weight", "class_anchor"],
     "hinge": ["weighting", "beta", "reference_weight", "prior_loss_weight"],
     "diffusion": [],
 }
@@ -686,7 +686,6 @@ def run(args):
     if accelerator.is_main_process:
         facts = ["task", "loss", *LOSS_FLAGS[args.loss], "learning_rate", "rank", "seed"]
         facts = {name: getattr(args, name) for name in facts}
-        facts = {name: value for name, value in facts.items() if value is not None}  # the diffusion loss has few
         method = "plain diffusion loss" if args.loss == "diffusion" else "offline PSO"
         facts = {"method": method, "optimizer steps": state.global_step, **facts}
         prompt = validate.prompts[0]
