@@ -402,33 +402,6 @@ def batches_of(items: Sequence, size: int, accelerator: Accelerator) -> Iterator
         yield items[start : start + size]
 
 
-def load_base(args, accelerator: Accelerator) -> StableDiffusionXLPipeline:
-    """The pipeline as it is deployed, without autocast, on the accelerator; with --offload its UNet alone."""
-    pipeline = sdxl.load_pipeline(
-        args.pretrained_model_name_or_path,
-        vae=args.pretrained_vae_model_name_or_path,
-        distilled_unet=args.distilled_unet,
-        distillation_lora=args.distillation_lora,
-        scheduler=args.scheduler,
-        timestep_spacing=args.timestep_spacing,
-        revision=args.revision,
-        variant=args.variant,
-        cache_dir=args.cache_dir,
-        weight_dtype=training.WEIGHT_DTYPES[accelerator.mixed_precision],
-    )
-    if args.enable_xformers_memory_efficient_attention:
-        pipeline.unet.enable_xformers_memory_efficient_attention()
-    if args.enable_vae_slicing:
-        pipeline.vae.enable_slicing()
-    if args.enable_vae_tiling:
-        pipeline.vae.enable_tiling()
-    pipeline.unet.to(accelerator.device)
-    if not args.offload:
-        for module in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
-            module.to(accelerator.device)
-    return pipeline
-
-
 def pending_batches(args, accelerator: Accelerator, plan: Plan, images: Images, model: Model) -> list[tuple]:
     """This process's batches of a model that are not all drawn, as (setting, [(sample, path, key), ...])."""
     pending, model_key = [], images.model_key(model)
@@ -747,7 +720,8 @@ def run(args):
     pending = {model.name: pending_batches(args, accelerator, plan, images, model) for model in plan.models}
     data_sharpness = None
     if any(pending.values()) or plan.data is not None:
-        pipeline = load_base(args, accelerator)
+        pipeline = training.load_base(args, accelerator)
+        pipeline.unet.to(accelerator.device)  # deployed as it is, without autocast
         if any(pending.values()):
             draw_images(args, accelerator, pipeline, plan, images, pending)
         if plan.data is not None:

@@ -264,10 +264,10 @@ def make_accelerator(args) -> Accelerator:
     return accelerator
 
 
-def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionXLPipeline, list[Tensor]]:
-    """The pipeline, frozen, its UNet on the accelerator with a LoRA that checkpoints save, and the LoRA's parameters.
+def load_base(args, accelerator: Accelerator) -> StableDiffusionXLPipeline:
+    """The pipeline, frozen, as the flags say; its UNet is still on the CPU.
 
-    Text encoders and VAE are on the accelerator too, unless --offload leaves them on the CPU.
+    Text encoders and VAE are on the accelerator, unless --offload leaves them on the CPU.
     """
     pipeline = load_pipeline(
         args.pretrained_model_name_or_path,
@@ -282,12 +282,9 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionXLPipeli
         weight_dtype=WEIGHT_DTYPES[accelerator.mixed_precision],
     )
     unet = pipeline.unet
-    parameters = add_lora(unet, args.rank, args.lora_alpha, args.lora_target_modules, seed=args.seed)
     if accelerator.device.type == "cpu" and unet.dtype != torch.float32:
         # PyTorch's contiguous bfloat16 convolutions have no fast path on CPUs without AVX-512: 30 times slower there
         unet.to(memory_format=torch.channels_last)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.enable_vae_slicing:
@@ -297,6 +294,16 @@ def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionXLPipeli
     if not args.offload:
         for module in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
             module.to(accelerator.device)
+    return pipeline
+
+
+def load_models(args, accelerator: Accelerator) -> tuple[StableDiffusionXLPipeline, list[Tensor]]:
+    """`load_base`, its UNet on the accelerator with a LoRA that checkpoints save, and the LoRA's parameters."""
+    pipeline = load_base(args, accelerator)
+    unet = pipeline.unet
+    parameters = add_lora(unet, args.rank, args.lora_alpha, args.lora_target_modules, seed=args.seed)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     accelerator.prepare_model(unet, evaluation_mode=True)  # the device and autocast, without DistributedDataParallel
     register_lora_hooks(accelerator, unet)
     return pipeline, parameters
