@@ -128,33 +128,49 @@ def test_flags_that_cannot_work_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.parse_args(["--rows", "redistilled", "--output_dir", str(tmp_path)])
     assert "needs diffusion-teacher" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.parse_args(["--readme", str(tmp_path / "README.md"), "--output_dir", str(tmp_path)])
+    assert "pass a file with the lines" in capsys.readouterr().err
     compare.parse_args(["--fraction", "0.5", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         compare.parse_args(["--output_dir", str(tmp_path)])
     assert "'fraction': 0.5" in capsys.readouterr().err
 
 
-TRIED = ["diffusion-teacher", "redistilled", "online", "best-of-k", "ink-ours", "concept-ours"]  # one of each kind
+TRIED = [
+    "diffusion-teacher",
+    "redistilled",
+    "online",
+    "best-of-k",
+    "ink-ours",
+    "concept-dreambooth",
+]  # one of each kind
 
 
 @pytest.mark.slow
 def test_a_trial_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
-    flags = ["--fraction", "0.005", "--learning_rates", "1", "--output_dir", str(tmp_path)]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\nstale\n{report.END}\nbelow\n")
+    flags = ["--fraction", "0.005", "--learning_rates", "1", "--output_dir", str(tmp_path), "--readme", str(readme)]
     compare.main([*flags, "--seeds", "0", "--rows", *TRIED])
     tables = (tmp_path / "tables.md").read_text()
     for name in (*tasks.ENDS, *TRIED):
         assert f"| {name} |" in tables
     assert str(tmp_path) not in tables
+    assert readme.read_text().startswith("above\n") and readme.read_text().endswith("\nbelow\n")
+    assert "stale" not in readme.read_text() and f"| {TRIED[0]} |" in readme.read_text()
     for name, task in TASKS.items():
-        assert all((tmp_path / f"{picture}.png").is_file() for picture in (f"{name}_curves", *task.pictures))
+        for picture in (f"{name}_curves", *task.pictures):
+            assert f"]({picture}.png)" in tables and f"](comparison/{picture}.png)" in readme.read_text()
+            assert (tmp_path / "comparison" / f"{picture}.png").is_file()
 
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
     assert len(first) == len(tasks.ENDS) * len(TASKS) + len(TRIED)
-    compare.main([*flags, "--seeds", "0", "1", "--rows", "concept-ours"])
+    compare.main([*flags, "--seeds", "0", "1", "--rows", "concept-dreambooth"])
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     assert "| concept-ours | " in (tmp_path / "tables.md").read_text()
-    learning_rate = rows.ROWS["concept-ours"].learning_rates[0]
-    assert (tmp_path / "concept-ours" / f"lr{learning_rate}-seed1" / "run.json").is_file()
+    learning_rate = rows.ROWS["concept-dreambooth"].learning_rates[0]
+    assert (tmp_path / "concept-dreambooth" / f"lr{learning_rate}-seed1" / "run.json").is_file()
 
 
 def test_every_command_of_the_rows_is_one_that_its_script_takes(tmp_path):

@@ -16,7 +16,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from demo.compare.report import report
+from demo.compare.report import BEGIN, END, has_marks, report
 from demo.compare.rows import ROWS, chosen_rate, prepare, run
 from demo.compare.tasks import ENDS, measure_end, start_worker
 from demo.tasks import write_tasks
@@ -32,10 +32,15 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=110, help="For each number of steps and kind of prompt.")
     parser.add_argument("--fraction", type=float, default=1.0, help="Of all step and image counts, for a trial.")
     parser.add_argument("--report_only", action="store_true", help="Only write the tables and pictures anew.")
+    parser.add_argument("--readme", type=Path, help="Put the report into this file too, between its marks.")
     args = parser.parse_args(argv)
     for name in args.rows:
         if ROWS[name].needs not in (None, *args.rows):
             parser.error(f"--rows {name} needs {ROWS[name].needs}: add it")
+    if args.readme and not has_marks(args.readme):
+        parser.error(
+            f"--readme {args.readme}: pass a file with the lines {BEGIN} and {END}, between which the report goes"
+        )
     args.output_dir = args.output_dir.resolve()
     args.threads = max(1, (os.cpu_count() or 1) // args.jobs)
     counts, path = {"fraction": args.fraction, "num_images": args.num_images}, args.output_dir / "counts.json"
@@ -66,7 +71,7 @@ def train_and_measure(args):
         in_parallel(pool, args, [(measure_end, task, end) for task in tasks for end in ENDS])
         for later in (False, True):
             rows = [name for name in args.rows if bool(ROWS[name].needs) == later]
-            in_parallel(pool, args, [(prepare, n, seed) for n in rows if ROWS[n].prepare for seed in args.seeds])
+            in_parallel(pool, args, [(prepare, name) for name in rows if ROWS[name].prepare])
             rates = {name: ROWS[name].learning_rates[: args.learning_rates] for name in rows}
             in_parallel(pool, args, [(run, name, rate, first) for name in rows for rate in rates[name]])
             in_parallel(pool, args, [(run, n, chosen_rate(args, n), seed) for n in rows for seed in others])

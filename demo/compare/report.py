@@ -1,6 +1,9 @@
 """The comparison's tables and pictures."""
 
 import math
+import re
+import shutil
+from pathlib import Path
 from statistics import mean
 
 from PIL import Image, ImageDraw, ImageFont
@@ -141,36 +144,61 @@ def report_task(args, task_name: str, names: list[str]) -> list[str]:
     rates = {name: chosen_rate(args, name) for name in names}
     chosen = {name: [c for (rate, _), c in curves[name].items() if rate == rates[name]] for name in names}
     end_points = {end: task.summarize(cells, **ends) for end, cells in ends.items()}
-    text = [f"## {task_name.capitalize()}", task.about]
+    text = [f"### {task_name.capitalize()}", "\n".join(f"- *{name}*: {ROWS[name].about}" for name in names), task.about]
     if task_name == "preference":
         text += ["The distillation gap:", gap_table(**ends)]
         text += [f"Retention is the mean over the cells that count, those with a gap in sharpness of at least {GAP}."]
     text += [
-        "Learning rates, with the first seed. Chosen: the highest share within the guards.",
-        rates_table(args, task, curves),
-        f"At a share of {task.share}, linear between checkpoints; mean (lowest to highest) over seeds. Seconds: wall "
-        f"time of training on {args.threads} thread(s), with what must be drawn before it.",
+        f"At a share of {task.share}, linear between checkpoints; mean (lowest to highest) over seeds. Seconds: "
+        "CPU time of training, with what must be drawn before it, which is drawn once.",
         matched_table(chosen, end_points, task.share, task.columns),
         "The furthest checkpoint within the guards:",
         guarded_table(task, chosen),
+        "Learning rates, with the first seed. Chosen: the highest share within the guards.",
+        rates_table(args, task, curves),
     ]
     if task_name == "preference":
-        text += ["By the number of steps and the kind of prompts:"]
+        text += [f"By the number of steps and the kind of prompts, at a share of {task.share}:"]
         for what, cells in {"retention": gap_cells(**ends), "sharpness": CELLS, "distance": CELLS}.items():
             if cells:
                 columns = {f"{what} {cell}": f"{what}, {cell}" for cell in cells}
                 text += [matched_table(chosen, end_points, task.share, columns)]
     draw_curves(task, chosen).save(args.output_dir / f"{task_name}_curves.png")
+    text += ["A line a seed, a dot a checkpoint:", f"![Curves]({task_name}_curves.png)"]
     for name, rows in task.pictures.items():
         draw_samples(args, task_name, chosen, rates, rows).save(args.output_dir / f"{name}.png")
-    return [*text, "\n".join(f"- {name}: {ROWS[name].about}" for name in names)]
+        text += [f"![Samples]({name}.png)"]
+    return [*text, f"Samples of the checkpoint that is closest to a share of {task.share}, on shared noise."]
+
+
+BEGIN, END = "<!-- comparison: written by demo.compare -->", "<!-- end of comparison -->"
+
+
+def has_marks(readme: Path) -> bool:
+    text = readme.read_text() if readme.is_file() else ""
+    return -1 < text.find(BEGIN) < text.find(END)
+
+
+def insert(text: str, source: Path, readme: Path):
+    """Puts the report between the marks of `readme`, and its pictures into the folder `comparison` beside it."""
+    before, _, rest = readme.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    folder = readme.parent / "comparison"
+    folder.mkdir(exist_ok=True)
+    for name in re.findall(r"\]\((\w+\.png)\)", text):
+        shutil.copyfile(source / name, folder / name)
+        text = text.replace(f"]({name})", f"]({folder.name}/{name})")
+    readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
 
 
 def report(args):
     """Writes the tables, curves and pictures of all finished runs."""
-    text = []
+    parts = []
     for task in TASKS:
         names = [name for name in args.rows if ROWS[name].task == task and read_runs(args, name)]
         if names:
-            text += report_task(args, task, names)
-    (args.output_dir / "tables.md").write_text("\n\n".join(text) + "\n")
+            parts += report_task(args, task, names)
+    text = "\n\n".join(parts) + "\n"
+    (args.output_dir / "tables.md").write_text(text)
+    if args.readme:
+        insert(text, args.output_dir, args.readme)

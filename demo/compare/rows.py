@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from demo.recipe.common import ARTISTS, DEMO, STYLES, load_drawings, set_learnin
 from demo.recipe.distill import regression_step, solve_batch
 from demo.recipe.teacher import DenoisingModel, noise_schedule, tokenize_kinds
 from demo.rewards import twemoji
-from demo.tasks import WINNER
+from demo.tasks import WINNER, concept_views
 from pso_utils.prompts import epoch_prompts, load_prompts
 from pso_utils.sdxl import encode_images
 
@@ -31,22 +32,25 @@ QUIET = "--num_validation_images 0 --report_to none"
 OFFLINE = f"train_pso_lora_sdxl.py {MODEL} {QUIET} --train_batch_size 32 --center_crop --cache_latents"
 PAIRS = f"{OFFLINE} --task preference --dataset_name {{tasks}}/preference.parquet"
 EVERY_LAYER = (
-    "to_q to_k to_v to_out.0 proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_in conv_out time_emb_proj"
+    "--rank 16 --lr_scheduler cosine --lr_warmup_steps 10 --lora_target_modules to_q to_k to_v to_out.0 proj_in "
+    "proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_in conv_out time_emb_proj"
 )
-INK = (
-    f"{OFFLINE} --task style --train_data_dir {{tasks}}/ink --sample_batch_size 64 --rank 16 --lr_scheduler cosine "
-    f"--lr_warmup_steps 10 --lora_target_modules {EVERY_LAYER}"
-)
+INK = f"{OFFLINE} --task style --train_data_dir {{tasks}}/ink --sample_batch_size 64 {EVERY_LAYER}"
 REGRESSION = "--loss hinge --weighting x0 --beta 1 --reference_weight 0 --prior_loss_weight 0"  # the hinge is 1 + error
-CONCEPT_PROMPTS = "--instance_prompt 'sks animal' --class_prompt animal"
-VIEWS = f"{OFFLINE} --task concept --instance_data_dir {{tasks}}/concept/{CONCEPT} {CONCEPT_PROMPTS}"  # 4 a step
+INSTANCE_PROMPT, CLASS_PROMPT = "sks animal", "animal"
+CONCEPT_PROMPTS = f"--instance_prompt '{INSTANCE_PROMPT}' --class_prompt {CLASS_PROMPT}"
+VIEWS = (
+    f"{OFFLINE} --task concept --instance_data_dir {{tasks}}/concept/{CONCEPT} {CONCEPT_PROMPTS} "
+    f"--sample_batch_size 20 {EVERY_LAYER}"
+)
 ONLINE = (  # the README's command
     f"train_pso_online.py {MODEL} {QUIET} --prompts demo/prompts.txt --reward demo.rewards:twemoji --rank 32 "
     "--samples_per_prompt 8 --sample_batch_size 16 --sample_batches_per_epoch 4 --train_batch_size 64 "
     "--reward_batch_size 128 --lr_scheduler cosine --lr_warmup_steps 5"
 )
-ONLINE_STEPS, ONLINE_PROMPTS, SAMPLES_PER_PROMPT = 22, 64, 8  # an epoch, one optimizer step, is of 64 prompts
-SOLUTIONS, SOLUTIONS_BATCH = 2048, 128  # each of a re-distillation's batches is of 2 x 128
+ONLINE_STEPS, ONLINE_PROMPTS, SAMPLES_PER_PROMPT = 21, 64, 8  # an epoch, one optimizer step, is of 64 prompts
+SOLUTIONS, SOLUTIONS_BATCH = 1024, 128  # each of a re-distillation's batches is of 2 x 128
+CLASS_SAMPLES = 100
 WARMUP_STEPS, EMA_DECAY = 10, 0.95  # of the re-distilled student, as short as its training
 
 
@@ -60,26 +64,42 @@ class Row:
     steps: int
     command: str | None = None  # None: re-distillation, in this file
     task: str = "preference"
-    prepare: Callable | None = None  # (args, seed, folder): what must be drawn before training, once a seed
+    prepare: Callable | None = None  # (args, folder): what must be drawn before training, once, by the first seed
     needs: str | None = None  # a row that must be trained before
 
 
-def best_of_own_samples(args, seed: int, folder: Path):
-    """The best, by the reward, of each prompt's K samples of the base: as many samples as the online row draws, for
-    the same prompts, but all before training. Written as an image folder."""
-    count = ONLINE_PROMPTS * scaled(ONLINE_STEPS, args)
-    prompts = epoch_prompts(load_prompts("demo/prompts.txt"), seed, 0, count)
-    repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    images = draw(load_pipeline(), repeated, 4, seed=100_000 * seed)
-    best = twemoji(images, repeated).view(count, SAMPLES_PER_PROMPT).argmax(dim=1).tolist()
+def write_image_folder(folder: Path, images: list[tuple]):
+    """Images and their captions, as the style task reads them."""
     lines = []
-    for index, (prompt, place) in enumerate(zip(prompts, best)):
-        images[index * SAMPLES_PER_PROMPT + place].save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": prompt}) + "\n")
+    for index, (image, caption) in enumerate(images):
+        image.save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
 
 
-def solutions_of_tuned_teacher(args, seed: int, folder: Path):
+def best_of_own_samples(args, folder: Path):
+    """The best, by the reward, of each prompt's K samples of the base: as many samples as the online row draws, for
+    the same prompts, but all before training. Written as an image folder."""
+    count = ONLINE_PROMPTS * scaled(ONLINE_STEPS, args)
+    prompts = epoch_prompts(load_prompts("demo/prompts.txt"), args.seeds[0], 0, count)
+    repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
+    images = draw(load_pipeline(), repeated, 4, args.seeds[0])
+    best = twemoji(images, repeated).view(count, SAMPLES_PER_PROMPT).argmax(dim=1).tolist()
+    best_images = (images[index * SAMPLES_PER_PROMPT + place] for index, place in enumerate(best))
+    write_image_folder(folder, list(zip(best_images, prompts)))
+
+
+def views_and_class_samples(args, folder: Path):
+    """DreamBooth's prior preservation as an image folder: the views, and as many samples of the class prompt. The mean
+    over its images is the mean of the instance loss and the prior loss of weight 1."""
+    views, _ = concept_views(CONCEPT)
+    samples = draw(load_pipeline(), [CLASS_PROMPT] * scaled(CLASS_SAMPLES, args), 4, args.seeds[0])
+    images = [(sample, CLASS_PROMPT) for sample in samples]
+    images += [(views[index % len(views)], INSTANCE_PROMPT) for index in range(len(samples))]
+    write_image_folder(folder, images)
+
+
+def solutions_of_tuned_teacher(args, folder: Path):
     """The solutions of the tuned teacher: its LoRA of the highest share in the row before, fused."""
     runs = [run for run in read_runs(args, "diffusion-teacher") if run["seed"] == args.seeds[0]]
     run = max(runs, key=lambda run: run["points"][-1]["cells"][GOAL]["share"])
@@ -93,37 +113,37 @@ def solutions_of_tuned_teacher(args, seed: int, folder: Path):
     targets = targets[:, None].expand(-1, len(ARTISTS), -1, -1, -1)  # the tuning set, where distilling had all artists
     batches = scaled(SOLUTIONS // SOLUTIONS_BATCH, args, at_least=1)
     parts = [
-        solve_batch(1000 * seed + index, teacher, drawings, targets, input_ids, *noise_schedule(), SOLUTIONS_BATCH)
+        solve_batch(index, teacher, drawings, targets, input_ids, *noise_schedule(), SOLUTIONS_BATCH)
         for index in range(batches)
     ]
     torch.save({key: torch.cat([part[key] for part in parts]) for key in parts[0]}, folder / "solutions.pt")
     (folder / "teacher.json").write_text(json.dumps({"seconds": run["points"][-1]["seconds"]}))
 
 
-DIFFUSION_RATES = ("5e-4", "2e-4", "1e-3")
-INK_RATES = ("2e-3", "1e-3", "4e-3")
-CONCEPT_RATES = ("5e-4", "2e-4", "1e-3")
+DIFFUSION_RATES = ("2e-3", "1e-3", "4e-3")
+INK_RATES = ("4e-3", "2e-3", "8e-3")
+CONCEPT_RATES = ("1e-3", "3e-4", "3e-3")
 PAPER = "--weighting epsilon --beta 200 --target_anchor 0"
 RELEASE = "--weighting epsilon --beta 5 --reference_weight 0.1 --prior_loss_weight 0.5"
 HINGE_VIEWS = f"{VIEWS} --loss hinge {RELEASE}"
 ROWS = [
-    Row("diffusion", "diffusion loss on the target images", DIFFUSION_RATES, 200, f"{PAIRS} --loss diffusion"),
+    Row("diffusion", "diffusion loss on the target images", DIFFUSION_RATES, 150, f"{PAIRS} --loss diffusion"),
     Row(
         "diffusion-teacher",
         "diffusion loss on the target images with the teacher, whose LoRA is then loaded on the distilled model",
         DIFFUSION_RATES,
-        200,
+        150,
         f"{PAIRS} --loss diffusion --distilled_unet demo/emoji-teacher",
     ),
-    Row("sigmoid", f"PSO as in the paper ({PAPER})", ("1e-4", "3e-5", "3e-4"), 120, f"{PAIRS} --loss sigmoid {PAPER}"),
-    Row("hinge", f"PSO as released ({RELEASE})", ("2e-4", "5e-4", "1e-3"), 120, f"{PAIRS} --loss hinge {RELEASE}"),
-    Row("ours", "PSO with this project's defaults", ("1e-3", "6e-4", "2e-3"), 100, PAIRS),
+    Row("sigmoid", f"PSO as in the paper ({PAPER})", ("3e-4", "1e-4", "1e-3"), 90, f"{PAIRS} --loss sigmoid {PAPER}"),
+    Row("hinge", f"PSO as released ({RELEASE})", ("1e-3", "5e-4", "2e-3"), 90, f"{PAIRS} --loss hinge {RELEASE}"),
+    Row("ours", "PSO with this project's defaults", ("2e-3", "1e-3", "4e-3"), 90, PAIRS),
     Row("online", "online PSO, the likeness as a reward", ("2.7e-3", "1.8e-3", "4e-3"), ONLINE_STEPS, ONLINE),
     Row(
         "best-of-k",
         "diffusion loss on the best of 8 samples of the base by the same reward, as many samples as online, drawn once",
         DIFFUSION_RATES,
-        200,
+        120,
         f"{OFFLINE} --rank 32 --task style --train_data_dir {{prepared}} --loss diffusion",
         prepare=best_of_own_samples,
     ),
@@ -131,21 +151,28 @@ ROWS = [
         "redistilled",
         "diffusion-teacher's LoRA fused into the teacher, to whose solutions the distilled UNet is regressed shortly",
         ("3e-4", "1e-4", "6e-4"),
-        100,
+        90,
         prepare=solutions_of_tuned_teacher,
         needs="diffusion-teacher",
     ),
-    Row("ink-diffusion", "diffusion loss on the ink drawings", INK_RATES, 240, f"{INK} --loss diffusion", "style"),
-    Row("ink-regression", "regression on them at the distilled steps", INK_RATES, 160, f"{INK} {REGRESSION}", "style"),
-    Row("ink-ours", "PSO with this project's defaults", INK_RATES, 160, INK, "style"),
-    Row("concept-diffusion", "diffusion loss on the views", CONCEPT_RATES, 80, f"{VIEWS} --loss diffusion", "concept"),
+    Row("ink-diffusion", "diffusion loss on the ink drawings", INK_RATES, 180, f"{INK} --loss diffusion", "style"),
+    Row("ink-regression", "regression on them at the distilled steps", ("2e-3",), 120, f"{INK} {REGRESSION}", "style"),
+    Row("ink-ours", "PSO with this project's defaults", INK_RATES, 150, INK, "style"),
+    Row("concept-diffusion", "diffusion loss on the views", CONCEPT_RATES, 240, f"{VIEWS} --loss diffusion", "concept"),
     Row(
-        "concept-hinge", f"PSO as released ({RELEASE})", CONCEPT_RATES, 80, f"{VIEWS} --loss hinge {RELEASE}", "concept"
+        "concept-dreambooth",
+        "the same with DreamBooth's prior preservation: batches of 8, of views and as many samples of the class",
+        CONCEPT_RATES,
+        240,
+        f"{OFFLINE} --task style --train_data_dir {{prepared}} --loss diffusion {EVERY_LAYER} --train_batch_size 8",
+        "concept",
+        prepare=views_and_class_samples,
     ),
-    Row("concept-ours", "PSO with this project's defaults", CONCEPT_RATES, 80, VIEWS, "concept"),
+    Row("concept-hinge", f"PSO as released ({RELEASE})", CONCEPT_RATES, 240, HINGE_VIEWS, "concept"),
+    Row("concept-ours", "PSO with this project's defaults", ("3e-3", "1e-3", "5e-3"), 240, VIEWS, "concept"),
 ]
 ROWS = {row.name: row for row in ROWS}
-NUM_CHECKPOINTS = 4  # of a run, the last one its result
+NUM_CHECKPOINTS = 3  # of a run, the last one its result
 
 
 # ---- Training ----
@@ -155,28 +182,35 @@ def run_folder(args, row: str, learning_rate: str, seed: int) -> Path:
     return args.output_dir / row / f"lr{learning_rate}-seed{seed}"
 
 
-def prepared_folder(args, row: str, seed: int) -> Path:
-    return args.output_dir / row / f"prepared-seed{seed}"
+def prepared_folder(args, row: str) -> Path:
+    return args.output_dir / row / "prepared"
+
+
+def children_cpu_seconds() -> float:
+    """CPU time of this process's finished children, which other work on the machine hardly changes."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path) -> list[dict]:
-    """Runs the row's training script; returns the step, wall seconds and folder of each checkpoint's LoRA."""
+    """Runs the row's training script; returns the step, CPU seconds and folder of each checkpoint's LoRA."""
     steps = scaled(row.steps, args)
-    places = {"tasks": args.output_dir / "tasks", "prepared": prepared_folder(args, row.name, seed)}
+    places = {"tasks": args.output_dir / "tasks", "prepared": prepared_folder(args, row.name)}
     command = [sys.executable, *(token.format(**places) for token in shlex.split(row.command))]
     command += ["--learning_rate", learning_rate, "--seed", str(seed), "--max_train_steps", str(steps)]
     command += ["--checkpointing_steps", str(max(1, steps // NUM_CHECKPOINTS)), "--output_dir", str(folder)]
-    start = time.time()
+    start, cpu_start = time.time(), children_cpu_seconds()
     with (folder / "log.txt").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
         code = subprocess.run(command, cwd=DEMO.parent, env=environment, stdout=log, stderr=log).returncode
     if code:
         raise RuntimeError(f"{row.name}: the training failed, see {folder / 'log.txt'}")
-    last = {"step": steps, "seconds": time.time() - start, "weights": "."}
+    wall_seconds, cpu_seconds = time.time() - start, children_cpu_seconds() - cpu_start
+    last = {"step": steps, "seconds": cpu_seconds, "weights": "."}
     checkpoints = []
     for path in folder.glob("checkpoint-*/manifest.json"):
         manifest = json.loads(path.read_text())
-        seconds = manifest["time_ns"] / 1e9 - start
+        seconds = (manifest["time_ns"] / 1e9 - start) / wall_seconds * cpu_seconds
         checkpoints.append({"step": manifest["global_step"], "seconds": seconds, "weights": path.parent.name})
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint["step"] < steps]
     return [*sorted(earlier, key=lambda checkpoint: checkpoint["step"]), last]
@@ -184,12 +218,12 @@ def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path)
 
 def redistill(args, row: Row, learning_rate: str, seed: int, folder: Path) -> list[dict]:
     """A short regression of the distilled UNet, as a whole, onto the tuned teacher's solutions; saves its averages."""
-    steps, checkpoints, start = scaled(row.steps, args), [], time.time()
+    steps, checkpoints, start = scaled(row.steps, args), [], time.process_time()
     pipeline = load_pipeline()
     model = denoising_model(pipeline)
     model.unet.requires_grad_(True)
     ema = copy.deepcopy(model.unet).requires_grad_(False)
-    solutions = torch.load(prepared_folder(args, row.name, seed) / "solutions.pt", weights_only=True)
+    solutions = torch.load(prepared_folder(args, row.name) / "solutions.pt", weights_only=True)
     schedule = noise_schedule()
     optimizer = torch.optim.AdamW(model.unet.parameters(), lr=float(learning_rate), betas=(0.9, 0.99))
     torch.manual_seed(seed)
@@ -197,7 +231,7 @@ def redistill(args, row: Row, learning_rate: str, seed: int, folder: Path) -> li
         set_learning_rate(optimizer, float(learning_rate) * min(1.0, step / WARMUP_STEPS))
         regression_step(model, ema, optimizer, solutions, *schedule, EMA_DECAY)
         if step % max(1, steps // NUM_CHECKPOINTS) == 0 or step == steps:
-            checkpoints.append({"step": step, "seconds": time.time() - start, "weights": f"checkpoint-{step}"})
+            checkpoints.append({"step": step, "seconds": time.process_time() - start, "weights": f"checkpoint-{step}"})
             copy.deepcopy(ema).to(torch.float16).save_pretrained(folder / checkpoints[-1]["weights"])
     return checkpoints
 
@@ -210,15 +244,15 @@ def denoising_model(pipeline: StableDiffusionXLPipeline) -> DenoisingModel:
     return model.requires_grad_(False)
 
 
-def prepare(args, name: str, seed: int) -> str:
-    folder = prepared_folder(args, name, seed)
+def prepare(args, name: str) -> str:
+    folder = prepared_folder(args, name)
     if finished(folder, "seconds.json") is None:
-        start = time.time()
-        ROWS[name].prepare(args, seed, folder)
+        start = time.process_time()
+        ROWS[name].prepare(args, folder)
         earlier = folder / "teacher.json"
         seconds = json.loads(earlier.read_text())["seconds"] if earlier.exists() else 0.0
-        (folder / "seconds.json").write_text(json.dumps({"seconds": seconds + time.time() - start}))
-    return f"{name} prepared, seed {seed}"
+        (folder / "seconds.json").write_text(json.dumps({"seconds": seconds + time.process_time() - start}))
+    return f"{name} prepared"
 
 
 def run(args, name: str, learning_rate: str, seed: int) -> str:
@@ -234,7 +268,7 @@ def run(args, name: str, learning_rate: str, seed: int) -> str:
             (folder / "checkpoints.json").write_text(json.dumps(points))
         before = 0.0
         if row.prepare:
-            before = json.loads((prepared_folder(args, name, seed) / "seconds.json").read_text())["seconds"]
+            before = json.loads((prepared_folder(args, name) / "seconds.json").read_text())["seconds"]
         for point in points:
             point["seconds"] += before
             point["cells"] = measure(args, row.task, folder / point["weights"], folder / f"step-{point['step']}.png")
