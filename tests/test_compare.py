@@ -168,7 +168,7 @@ def test_a_trial_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
     assert len(first) == len(tasks.ENDS) * len(TASKS) + len(TRIED)
     compare.main([*flags, "--seeds", "0", "1", "--rows", "concept-dreambooth"])
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
-    assert "| concept-ours | " in (tmp_path / "tables.md").read_text()
+    assert "| concept-dreambooth | " in (tmp_path / "tables.md").read_text()
     learning_rate = rows.ROWS["concept-dreambooth"].learning_rates[0]
     assert (tmp_path / "concept-dreambooth" / f"lr{learning_rate}-seed1" / "run.json").is_file()
 

@@ -71,9 +71,12 @@ def train_and_measure(args):
         in_parallel(pool, args, [(measure_end, task, end) for task in tasks for end in ENDS])
         for later in (False, True):
             rows = [name for name in args.rows if bool(ROWS[name].needs) == later]
-            in_parallel(pool, args, [(prepare, name) for name in rows if ROWS[name].prepare])
+            prepared = [name for name in rows if ROWS[name].prepare]
             rates = {name: ROWS[name].learning_rates[: args.learning_rates] for name in rows}
-            in_parallel(pool, args, [(run, name, rate, first) for name in rows for rate in rates[name]])
+            tuning = {name: [(run, name, rate, first) for rate in rates[name]] for name in rows}
+            ready = [task for name in rows if name not in prepared for task in tuning[name]]
+            in_parallel(pool, args, [(prepare, name) for name in prepared] + ready)
+            in_parallel(pool, args, [task for name in prepared for task in tuning[name]])
             in_parallel(pool, args, [(run, n, chosen_rate(args, n), seed) for n in rows for seed in others])
 
 

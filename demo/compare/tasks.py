@@ -291,7 +291,7 @@ TASKS = {
         measure_concept,
         summarize_concept,
         concept_guards,
-        0.8,
+        0.85,
         f"Share: CLIP image cosine to held-out views of the concept ({CONCEPT}). Guards: the class prompt's CLIP score "
         "within 5% of the base's, its diversity at least 0.8 times. Gains are paired, in standard errors.",
         {
