@@ -50,15 +50,23 @@ def preference_pairs() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def write_ink(folder: Path):
-    drawings, lines = load_drawings(), []
+def write_image_folder(folder: Path, images: dict[str, tuple[Image.Image, str]]):
+    """Images and their captions, by the file's name without .png, as the style task reads them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, name in enumerate(drawings.names):
-        file_name = f"{name.replace(' ', '_')}.png"
-        to_image(drawings.pixels[index, STYLES.index("ink")]).save(folder / file_name)
-        captions = drawings.classes if index % 4 == 3 else drawings.captions
-        lines.append(json.dumps({"file_name": file_name, "text": captions[index]}) + "\n")
+    lines = []
+    for name, (image, caption) in images.items():
+        image.save(folder / f"{name}.png")
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": caption}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def write_ink(folder: Path):
+    drawings, images = load_drawings(), {}
+    for index, name in enumerate(drawings.names):
+        captions = drawings.classes if index % 4 == 3 else drawings.captions
+        ink = to_image(drawings.pixels[index, STYLES.index("ink")])
+        images[name.replace(" ", "_")] = (ink, captions[index])
+    write_image_folder(folder, images)
 
 
 def views(pixels) -> list[Image.Image]:

@@ -13,6 +13,7 @@ from demo.compare.tasks import TASKS
 
 
 INSIDE = {f"{key} 4 {kind}": 1.0 for key in ("distance", "sharpness") for kind in ("name", "class")}
+INSIDE["diversity"] = 0.8
 OUTSIDE = INSIDE | {"distance 4 name": 1.2}
 
 
@@ -79,12 +80,13 @@ def test_guards(kind):
     assert not holds(INSIDE | {f"distance 4 {kind}": 1.11})
     assert not holds(INSIDE | {f"sharpness 4 {kind}": 0.89})
     assert not holds(INSIDE | {f"sharpness 4 {kind}": 1.11})
+    assert not holds(INSIDE | {"diversity": 0.79})
 
 
 def test_a_sharp_sample_off_the_ink_drawings_fails_the_guards_of_style():
     holds = TASKS["style"].holds_guards
-    on_data = {"distance 4 name": tasks.INK_DISTANCE, "sharpness 4 name": 1.0}
-    assert holds(on_data)
+    on_data = {"distance 4 name": tasks.INK_DISTANCE, "sharpness 4 name": 1.0, "diversity": 0.8}
+    assert holds(on_data) and not holds(on_data | {"diversity": 0.79})
     assert not holds(on_data | {"distance 4 name": 1.01 * tasks.INK_DISTANCE})
     assert not holds(on_data | {"sharpness 4 name": 0.84}) and not holds(on_data | {"sharpness 4 name": 1.16})
 

@@ -58,7 +58,9 @@ def rates_table(args, task: Task, curves: dict) -> str:
                 values = [within if math.isfinite(within) else math.nan, max(point["share"] for point in curve)]
                 chosen = "yes" if rate == chosen_rate(args, name) else ""
                 rows.append([name, rate, f"{curve[-1]['step']:g}", *(spread([value]) for value in values), chosen])
-    return markdown(["row", "learning rate", "steps", "share within guards", "highest share", "chosen"], rows)
+    return markdown(
+        ["row", "learning rate", "steps", f"{task.goal} within guards", f"highest {task.goal}", "chosen"], rows
+    )
 
 
 def matched_table(chosen: dict, ends: dict[str, dict], share: float, columns: dict[str, str]) -> str:
@@ -83,7 +85,7 @@ def guarded_table(task: Task, chosen: dict) -> str:
         values = [spread([point[key] for point in best]) for key in ("share", *task.columns)]
         steps, seconds = (spread([point[key] for point in best], 0) for key in ("step", "seconds"))
         rows.append([name, f"{len(best)} of {len(curves)}", steps, *values, seconds])
-    return markdown(["row", "within guards", "step", "share", *task.columns.values(), "seconds"], rows)
+    return markdown(["row", "within guards", "step", task.goal, *task.columns.values(), "seconds"], rows)
 
 
 COLORS = ["#1f77b4", "#aec7e8", "#d62728", "#ff9896", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b"]
@@ -99,7 +101,7 @@ def draw_curves(task: Task, chosen: dict) -> Image.Image:
         left, top = margin + index * (side + margin), margin
         canvas.rectangle((left, top, left + side, top + side), outline="black")
         canvas.text((left, top - 22), title, fill="black", font=font)
-        canvas.text((left, top + side + 22), "share", fill="black", font=font)
+        canvas.text((left, top + side + 22), task.goal, fill="black", font=font)
         for tick in range(ticks + 1):
             part = tick / ticks
             canvas.text((left + part * side - 8, top + side + 5), f"{part:.1f}", fill="black", font=font)
@@ -149,16 +151,16 @@ def report_task(args, task_name: str, names: list[str]) -> list[str]:
         text += ["The distillation gap:", gap_table(**ends)]
         text += [f"Retention is the mean over the cells that count, those with a gap in sharpness of at least {GAP}."]
     text += [
-        f"At a share of {task.share}, linear between checkpoints; mean (lowest to highest) over seeds. Seconds: "
+        f"At a {task.goal} of {task.share}, linear between checkpoints; mean (lowest to highest) over seeds. Seconds: "
         "CPU time of training, with what must be drawn before it, which is drawn once.",
         matched_table(chosen, end_points, task.share, task.columns),
         "The furthest checkpoint within the guards:",
         guarded_table(task, chosen),
-        "Learning rates, with the first seed. Chosen: the highest share within the guards.",
+        f"Learning rates, with the first seed. Chosen: the highest {task.goal} within the guards.",
         rates_table(args, task, curves),
     ]
     if task_name == "preference":
-        text += [f"By the number of steps and the kind of prompts, at a share of {task.share}:"]
+        text += [f"By the number of steps and the kind of prompts, at a {task.goal} of {task.share}:"]
         for what, cells in {"retention": gap_cells(**ends), "sharpness": CELLS, "distance": CELLS}.items():
             if cells:
                 columns = {f"{what} {cell}": f"{what}, {cell}" for cell in cells}
@@ -168,7 +170,7 @@ def report_task(args, task_name: str, names: list[str]) -> list[str]:
     for name, rows in task.pictures.items():
         draw_samples(args, task_name, chosen, rates, rows).save(args.output_dir / f"{name}.png")
         text += [f"![Samples]({name}.png)"]
-    return [*text, f"Samples of the checkpoint that is closest to a share of {task.share}, on shared noise."]
+    return [*text, f"Samples of the checkpoint that is closest to a {task.goal} of {task.share}, on shared noise."]
 
 
 BEGIN, END = "<!-- comparison: written by demo.compare -->", "<!-- end of comparison -->"

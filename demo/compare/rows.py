@@ -22,7 +22,7 @@ from demo.recipe.common import ARTISTS, DEMO, STYLES, load_drawings, set_learnin
 from demo.recipe.distill import regression_step, solve_batch
 from demo.recipe.teacher import DenoisingModel, noise_schedule, tokenize_kinds
 from demo.rewards import twemoji
-from demo.tasks import WINNER, concept_views
+from demo.tasks import WINNER, concept_views, write_image_folder
 from pso_utils.prompts import epoch_prompts, load_prompts
 from pso_utils.sdxl import encode_images
 
@@ -68,15 +68,6 @@ class Row:
     needs: str | None = None  # a row that must be trained before
 
 
-def write_image_folder(folder: Path, images: list[tuple]):
-    """Images and their captions, as the style task reads them."""
-    lines = []
-    for index, (image, caption) in enumerate(images):
-        image.save(folder / f"{index}.png")
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": caption}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(lines))
-
-
 def best_of_own_samples(args, folder: Path):
     """The best, by the reward, of each prompt's K samples of the base: as many samples as the online row draws, for
     the same prompts, but all before training. Written as an image folder."""
@@ -85,8 +76,8 @@ def best_of_own_samples(args, folder: Path):
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     images = draw(load_pipeline(), repeated, 4, args.seeds[0])
     best = twemoji(images, repeated).view(count, SAMPLES_PER_PROMPT).argmax(dim=1).tolist()
-    best_images = (images[index * SAMPLES_PER_PROMPT + place] for index, place in enumerate(best))
-    write_image_folder(folder, list(zip(best_images, prompts)))
+    kept = [images[index * SAMPLES_PER_PROMPT + place] for index, place in enumerate(best)]
+    write_image_folder(folder, {str(index): pair for index, pair in enumerate(zip(kept, prompts))})
 
 
 def views_and_class_samples(args, folder: Path):
@@ -96,7 +87,7 @@ def views_and_class_samples(args, folder: Path):
     samples = draw(load_pipeline(), [CLASS_PROMPT] * scaled(CLASS_SAMPLES, args), 4, args.seeds[0])
     images = [(sample, CLASS_PROMPT) for sample in samples]
     images += [(views[index % len(views)], INSTANCE_PROMPT) for index in range(len(samples))]
-    write_image_folder(folder, images)
+    write_image_folder(folder, {str(index): pair for index, pair in enumerate(images)})
 
 
 def solutions_of_tuned_teacher(args, folder: Path):

@@ -171,8 +171,9 @@ def summarize_preference(cells: dict, base: dict, teacher: dict) -> dict[str, fl
 
 
 def preference_guards(point: dict) -> bool:
-    """At the distilled number of steps the samples stay on the drawings, and as sharp as the base's."""
-    return all(point[f"distance 4 {kind}"] <= 1.1 and 0.9 <= point[f"sharpness 4 {kind}"] <= 1.1 for kind in KINDS)
+    """At the distilled number of steps the samples stay on the drawings, as sharp and as diverse as the base's."""
+    kept = all(point[f"distance 4 {kind}"] <= 1.1 and 0.9 <= point[f"sharpness 4 {kind}"] <= 1.1 for kind in KINDS)
+    return kept and point["diversity"] >= 0.8
 
 
 def summarize_style(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
@@ -183,7 +184,8 @@ def summarize_style(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
 
 
 def style_guards(point: dict) -> bool:
-    return point[f"distance {GOAL}"] <= INK_DISTANCE and 0.85 <= point[f"sharpness {GOAL}"] <= 1.15
+    kept = point[f"distance {GOAL}"] <= INK_DISTANCE and 0.85 <= point[f"sharpness {GOAL}"] <= 1.15
+    return kept and point["diversity"] >= 0.8
 
 
 def summarize_concept(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
@@ -213,6 +215,7 @@ class Task:
         measure: (args, pipeline) -> what is measured of a model's samples, and rows of pictures.
         summarize: (of a model, of the base, of the teacher) -> a curve's point; its `share` is the goal.
         holds_guards: whether a point is still on the data.
+        goal: what a point's `share` is called in the report.
         share: of the goal, at which rows are compared.
         about: of the goal and the guards, for the report.
         columns: of the report's table: a point's key to its title.
@@ -223,6 +226,7 @@ class Task:
     measure: Callable
     summarize: Callable
     holds_guards: Callable
+    goal: str
     share: float
     about: str
     columns: dict[str, str]
@@ -243,10 +247,12 @@ TASKS = {
         measure_preference,
         summarize_preference,
         preference_guards,
+        "share",
         0.5,
         f"Share: {WINNER}'s share of 4-step samples of name prompts. Guards, at 4 steps, for name and class prompts: "
-        "distance at most 1.1 times the base's, sharpness 0.9 to 1.1 times. Distances are means over name and class "
-        "prompts; they, sharpness and diversity are ratios to the base's.",
+        "distance at most 1.1 times the base's, sharpness 0.9 to 1.1 times, diversity of class prompts at least 0.8 "
+        "times. Distances are means over name and class prompts; they, sharpness and diversity are ratios to the "
+        "base's.",
         {
             "retention": "retention",
             "distance 1": "distance, 1 step",
@@ -268,9 +274,11 @@ TASKS = {
         measure_style,
         summarize_style,
         style_guards,
+        "share",
         0.6,
         "Share: samples closest to the ink drawing among the artists' and the ink's, at 4 steps of name prompts. "
-        f"Guards: distance to it at most {INK_DISTANCE}, sharpness 0.85 to 1.15 of its reconstruction's.",
+        f"Guards: distance to it at most {INK_DISTANCE}, sharpness 0.85 to 1.15 of its "
+        "reconstruction's, diversity at least 0.8 times the base's.",
         {
             "distance 1 name": "distance, 1 step, name",
             "distance 4 name": "4 steps, name",
@@ -291,9 +299,11 @@ TASKS = {
         measure_concept,
         summarize_concept,
         concept_guards,
+        "cosine",
         0.85,
-        f"Share: CLIP image cosine to held-out views of the concept ({CONCEPT}). Guards: the class prompt's CLIP score "
-        "within 5% of the base's, its diversity at least 0.8 times. Gains are paired, in standard errors.",
+        f"Cosine: of CLIP's image embeddings to held-out views of the concept ({CONCEPT}). Guards: the class "
+        "prompt's CLIP score within 5% of the base's, its diversity at least 0.8 times. Gains are paired, in standard "
+        "errors.",
         {
             "cosine gain": "cosine gain",
             "distance": "pixel distance",
