@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Offline Pairwise Sample Optimization (PSO) of a few-step distilled SDXL (arXiv 2410.03190).
+"""Offline Pairwise Sample Optimization (PSO) of a few-step distilled model (arXiv 2410.03190).
 
 Trains a LoRA on pairs of a target and a reference image, noised to the distilled schedule's own timesteps: the target's
 denoising error falls against the reference's, relative to the model that it started from. Where a pair comes from is
@@ -8,8 +8,7 @@ of the caption. concept: an image of one thing, and the model's own sample of it
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,273 +17,54 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.training_utils import free_memory
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils import arguments, training, validation
-from pso_utils.checkpoints import save_checkpoint
-from pso_utils.images import draw_noise, draw_reference_places, draw_timestep_places
-from pso_utils.losses import denoising_error, hinge_pso_loss, offline_pso_loss
-from pso_utils.mdp import (
-    WEIGHTINGS,
-    Schedule,
-    add_noise,
-    check_weighting,
-    diffusion_inputs,
-    forward_weight,
-    num_weighted_steps,
-    predict_original_sample,
-    scale_model_input,
+from pso_utils.data.images import draw_noise, draw_reference_uniform, draw_timestep_uniform
+from pso_utils.data.latent_cache import (
+    LatentBatch,
+    LatentCache,
+    TensorCache,
+    encoded_minibatches,
 )
-from pso_utils.model_card import scheduler_code
-from pso_utils.pairs import (
-    PairBatch,
-    PairLoader,
-    Stream,
-    Table,
-    load_images,
-    load_instance_images,
-    load_preference_pairs,
+from pso_utils.data.loader import PairLoader
+from pso_utils.data.pairs import Stream, Table
+from pso_utils.data.prompt_cache import PromptCache
+from pso_utils.data.references import ReferenceLatents, References
+from pso_utils.errors import UserError
+from pso_utils.families import Conditioning, Deployment, Family
+from pso_utils.families.loading import ModelInfo
+from pso_utils.losses import (
+    HINGE_METRICS,
+    OFFLINE_METRICS,
+    denoising_error,
+    hinge_pso_loss,
+    offline_pso_loss,
 )
-from pso_utils.references import References
-from pso_utils.rewards import RewardSpec, load_rewards, parse_rewards
-from pso_utils.sdxl import DEFAULT_LORA_TARGETS, crop_time_ids, latent_shape, lora_disabled, save_lora
+from pso_utils.mdp import WEIGHTINGS, add_noise, diffusion_inputs, forward_weights, predict
+from pso_utils.rewards import RewardSpec, parse_rewards
+from pso_utils.run import arguments, hub, models
+from pso_utils.run.accelerator import make_accelerator, one_line_errors
+from pso_utils.run.checkpoints import TrainingState, checkpoint_to_resume, resume, save_checkpoint
+from pso_utils.run.logs import start_logs
+from pso_utils.run.model_card import scheduler_code
+from pso_utils.run.optimizer import (
+    make_optimizer,
+    optimizer_step,
+    reduce_gradients,
+    zero_gradients,
+)
+from pso_utils.run.pairs import add_pair_arguments, check_task_flags, open_source
+from pso_utils.run.result import save_card_and_pictures, save_lora
+from pso_utils.run.validation import Validation
+from pso_utils.schedules import Schedule
 
 
 logger = get_logger(__name__)
 
 
-# ---- Flags ----
-
-# What the flags of a task are unless given, by weighting: the first one is the task's own, the others are for who asks
-# for them. demo/README.md has what was tried. A beta is right where beta times the difference of gains that a fully
-# learnt pair shows is some 3 to 15: with more, the loss saturates before the samples change.
-TASK_DEFAULTS = {
-    "preference": {
-        "mdp": {"beta": 30.0, "target_anchor": 60.0, "reference_weight": 1.0},
-        "x0": {"beta": 10.0, "target_anchor": 10.0, "reference_weight": 1.0},
-        "epsilon": {"beta": 200.0, "target_anchor": 200.0, "reference_weight": 1.0},
-    },
-    "style": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.05}},
-    "concept": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.2, "class_anchor": 10.0}},
-}
-# The release's, but for its reference_weight of 0.1, with which the hinge is regression onto the target.
-HINGE_DEFAULTS = {"beta": 5.0, "reference_weight": 0.5}
-
-
-def parse_args(argv=None):
-    parser = arguments.ArgumentParser(description=__doc__)
-    arguments.add_model_arguments(parser)
-    arguments.add_schedule_arguments(parser)
-    pairs = parser.add_argument_group("pairs")
-    add = pairs.add_argument
-    positive_int, non_negative_float = arguments.positive_int, arguments.non_negative_float
-    add("--task", choices=TASK_DEFAULTS, required=True, help="Where the pairs come from.")
-    arguments.add_dataset_arguments(pairs, "pairs")
-    add("--dataset_name", help="preference, style: a data set of the hub, or a local folder, file or pattern of files "
-        "(Parquet, arrow, JSONL, CSV, WebDataset).")  # fmt: skip
-    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], metavar="COLUMN", help="preference: the two images.")
-    add("--label_column", default="label_0", help="preference: 1 where the first image won, 0 the second, 0.5 a tie.")
-    add("--winner_column", help="preference: the winner's image, instead of two images and a label.")
-    add("--loser_column", help="preference: the loser's image.")
-    add("--train_data_dir", help="style: a folder of images with a metadata.jsonl (file_name and captions).")
-    add("--image_column", default="image", help="style: the image column of --dataset_name.")
-    add("--caption_column", help="The caption column. Default: caption for preference, text for style.")
-    add("--streaming", action="store_true", help="preference: read the data set while training, without keeping it.")
-    add("--shuffle_buffer_size", type=positive_int, default=1000, help="Records among which a stream is shuffled.")
-    add("--instance_data_dir", help="concept: a folder of images of one thing.")
-    add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
-    add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
-    add("--num_reference_images", type=positive_int, default=20, help="concept: how many references are drawn.")
-    add("--reference_policy", choices=["initial", "current"], default="initial", help="style, concept: references are "
-        "drawn with the LoRA off, or with it as trained so far.")  # fmt: skip
-    add("--reference_refresh_steps", type=positive_int, help="style, concept: draw references anew every so many "
-        "optimizer steps. Default: never.")  # fmt: skip
-    add("--sample_batch_size", type=positive_int, default=4, help="Reference or validation images drawn at once.")
-    add("--center_crop", action="store_true", help="Crop images at their centre instead of at random.")
-    add("--random_flip", action="store_true", help="Mirror every other pair, both of its images.")
-    add("--skip_broken_images", action="store_true", help="Count and leave out pairs with a broken image.")
-    add("--cache_latents", action="store_true", help="Encode images and prompts once, to disk; the text encoders leave "
-        "memory and the VAE the accelerator. Takes --center_crop.")  # fmt: skip
-    add = parser.add_argument_group("offline PSO").add_argument
-    add("--loss", choices=LOSSES, default="sigmoid", help="sigmoid: PSO with the reference model. hinge: without "
-        "it, as released for concepts. diffusion: the plain diffusion loss on the targets, PSO's rival.")  # fmt: skip
-    add("--weighting", choices=WEIGHTINGS, help="Of the squared error of the clean latents: epsilon (alpha/sigma)^2, "
-        "x0 1, mdp the exact KL divergence of the transitions.")  # fmt: skip
-    add("--beta", type=arguments.positive_float, help="Strength of the preference.")
-    add("--target_anchor", type=non_negative_float, help="sigmoid: weight of relu(growth of the target's error); about "
-        "beta / 2 keeps the samples on the data.")  # fmt: skip
-    add("--class_anchor", type=non_negative_float, help="concept, sigmoid: weight of the squared distance that "
-        "the class prompt's predictions move away from the reference model's; keeps the class as it is.")  # fmt: skip
-    add("--reference_weight", type=non_negative_float, help="The reference's share. sigmoid: 1 is PSO; less repels "
-        "less. hinge: kappa, by default 0.5; the release's 0.1 is, with its other values, plain regression onto the "
-        "target.")  # fmt: skip
-    add("--prior_loss_weight", type=non_negative_float, default=0.5, help="hinge: lambda, the weight of regression "
-        "onto the references.")  # fmt: skip
-    add("--log_gradient_shares", action="store_true", help="Log each timestep's share of the gradient's norm; costs a "
-        "backward pass for each.")  # fmt: skip
-    add("--train_batch_size", type=positive_int, default=4, help="Pairs in a UNet call, on each process.")
-    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches of pairs in an optimizer step.")
-    add("--num_train_epochs", type=positive_int, default=1, help="Passes over the pairs, unless --max_train_steps is "
-        "given.")  # fmt: skip
-    add("--max_train_steps", type=positive_int, help="Optimizer steps to stop after. One optimizer step is "
-        "gradient_accumulation_steps x train_batch_size pairs on each process, one timestep of each.")  # fmt: skip
-    add("--reward", action="append", metavar="NAME[=WEIGHT]", help="Scores the validation images: clip, pickscore, "
-        "jpeg_compressibility, jpeg_incompressibility or your own module:function; may be repeated.")  # fmt: skip
-    add("--reward_model", action="append", metavar="[NAME=]MODEL", help="Hub id or local folder of a reward's model.")
-    add("--reward_batch_size", type=positive_int, default=8, help="Images that a reward scores at once.")
-    add("--early_stopping_patience", type=positive_int, help="Stop after so many validations without a better "
-        "--reward; the result is the best LoRA, not the last.")  # fmt: skip
-    arguments.add_lora_arguments(parser, DEFAULT_LORA_TARGETS)
-    arguments.add_optimizer_arguments(parser)
-    arguments.add_run_arguments(parser, output_dir="pso-lora")
-    args = parser.parse_args(argv)
-    for flag, tasks in OWN_FLAGS.items():
-        if getattr(args, flag) != parser.get_default(flag) and args.task not in tasks:
-            parser.error(f"--{flag} goes with --task {' or '.join(tasks)}, not {args.task}: drop it")
-    if args.caption_column is None:
-        args.caption_column = "caption" if args.task == "preference" else "text"
-    args.offload |= args.cache_latents  # the VAE is only used for validation and for new references
-    return args
-
-
-def fits_schedule(weighting: str, schedule: Schedule) -> bool:
-    try:
-        check_weighting(schedule, weighting)
-    except ValueError:
-        return False
-    return True
-
-
-def set_loss_defaults(args, schedule: Schedule):
-    """Fills in the flags of the loss that were not given.
-
-    Raises:
-        ValueError: the weighting does not fit the schedule, or has no defaults for the task.
-    """
-    if args.loss == "diffusion":
-        return
-    by_weighting = {"epsilon": HINGE_DEFAULTS} if args.loss == "hinge" else TASK_DEFAULTS[args.task]
-    if args.weighting is None:
-        args.weighting = next(weighting for weighting in by_weighting if fits_schedule(weighting, schedule))
-    check_weighting(schedule, args.weighting)
-    defaults = by_weighting.get(args.weighting, {"beta": None, "reference_weight": 1.0})
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.beta is None:
-        raise ValueError(f"--weighting {args.weighting} has no default --beta for --task {args.task}: pass one")
-    args.target_anchor, args.class_anchor = args.target_anchor or 0.0, args.class_anchor or 0.0
-
-
-def check_arguments(args) -> tuple[Table | Stream, list[RewardSpec], Path | None]:
-    """Checks all that the flags and the files can tell, before a model is loaded.
-
-    Returns:
-        the source of the targets or pairs, the rewards to load, and the checkpoint to resume from (None: a new run).
-    """
-    arguments.check_shared_arguments(args)
-    if args.reference_policy == "current" and args.reference_refresh_steps is None:
-        raise ValueError(
-            "--reference_policy current draws with the LoRA as trained so far, and before training there is none: pass"
-            " --reference_refresh_steps, too"
-        )
-    if args.cache_latents and not args.center_crop:
-        raise ValueError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
-    if args.cache_latents and args.streaming:
-        raise ValueError("--cache_latents keeps on disk what --streaming is to spare it: drop one of them")
-    if args.class_anchor and args.loss != "sigmoid":
-        raise ValueError(f"--class_anchor goes with --loss sigmoid, not {args.loss}: drop it")
-    if args.streaming and args.max_train_steps is None:
-        raise ValueError("--streaming does not tell how many pairs there are: pass --max_train_steps")
-    if args.early_stopping_patience and not args.reward:
-        raise ValueError("--early_stopping_patience needs a --reward to tell which validation is the best")
-    if args.early_stopping_patience and args.num_validation_images == 0:
-        raise ValueError("--early_stopping_patience needs validation images: raise --num_validation_images")
-    reward_specs = parse_rewards(args.reward, args.reward_model) if args.reward else []
-    source = SOURCES[args.task](args)
-    training.check_model_files(args)
-    training.check_lora_flags(args)
-    scheduler = training.load_scheduler(args)
-    schedule = training.training_schedule(args, scheduler, stochastic=False)
-    set_loss_defaults(args, schedule)
-    training.deployment_settings(args, scheduler)
-    return source, reward_specs, training.checkpoint_to_resume(args)
-
-
-# ---- Where the pairs come from ----
-
-OWN_FLAGS = {
-    "image_columns": ["preference"],
-    "label_column": ["preference"],
-    "winner_column": ["preference"],
-    "loser_column": ["preference"],
-    "streaming": ["preference"],
-    "shuffle_buffer_size": ["preference"],
-    "dataset_name": ["preference", "style"],
-    "dataset_config_name": ["preference", "style"],
-    "dataset_split": ["preference", "style"],
-    "max_train_samples": ["preference", "style"],
-    "caption_column": ["preference", "style"],
-    "image_column": ["style"],
-    "train_data_dir": ["style"],
-    "instance_data_dir": ["concept"],
-    "instance_prompt": ["concept"],
-    "class_prompt": ["concept"],
-    "num_reference_images": ["concept"],
-    "reference_policy": ["style", "concept"],
-    "reference_refresh_steps": ["style", "concept"],
-    "class_anchor": ["concept"],
-}
-
-
-def preference_source(args) -> Table | Stream:
-    if args.dataset_name is None:
-        raise ValueError("--task preference needs --dataset_name, a data set of winners and losers")
-    return load_preference_pairs(
-        args.dataset_name,
-        args.dataset_config_name,
-        args.dataset_split,
-        args.caption_column,
-        args.winner_column,
-        args.loser_column,
-        tuple(args.image_columns),
-        args.label_column,
-        args.max_train_samples,
-        args.streaming,
-        args.cache_dir,
-        args.dataloader_num_workers,
-        args.shuffle_buffer_size,
-    )
-
-
-def style_source(args) -> Table:
-    return load_images(
-        args.dataset_name,
-        args.train_data_dir,
-        args.dataset_config_name,
-        args.dataset_split,
-        args.image_column,
-        args.caption_column,
-        args.max_train_samples,
-        cache_dir=args.cache_dir,
-        num_workers=args.dataloader_num_workers,
-    )
-
-
-def concept_source(args) -> Table:
-    for flag in ("instance_data_dir", "instance_prompt", "class_prompt"):
-        if getattr(args, flag) is None:
-            raise ValueError(f"--task concept needs --{flag}")
-    return load_instance_images(args.instance_data_dir, args.instance_prompt)
-
-
-SOURCES = {"preference": preference_source, "style": style_source, "concept": concept_source}
-
-
-# ---- Update ----
+# ---- Losses ----
 
 
 class Pairs(NamedTuple):
@@ -292,243 +72,303 @@ class Pairs(NamedTuple):
     with --class_anchor, the references once more, with the class prompt (k = 3). The diffusion loss takes the targets
     alone (k = 1)."""
 
-    latents: Tensor  # [k, b, C, H, W], clean
-    noise: Tensor  # [b, C, H, W], shared by a pair
-    place: Tensor  # [b], uniform in [0, 1): which timestep
-    prompt_embeds: Tensor  # [k, b, S, D]
-    pooled_prompt_embeds: Tensor  # [k, b, E]
-    time_ids: Tensor  # [b, 6], the target's
+    latents: Tensor  # [k, b, C, h, w], clean
+    noise: Tensor  # [b, C, h, w], shared by a pair
+    uniform: Tensor  # [b], in [0, 1): which timestep
+    conditioning: Conditioning  # of k * b
 
 
-def predict_pairs(schedule: Schedule, denoiser: training.Denoiser, pairs: Pairs, step_index: Tensor) -> Tensor:
-    """Predicted clean latents [k, b, C, H, W] of the noised pairs, by one UNet call for all of them."""
+def predict_pairs(family: Family, schedule: Schedule, pairs: Pairs, step_index: Tensor) -> Tensor:
+    """Predicted clean latents [k, b, C, h, w] of the noised pairs, by one call of the model for all of them."""
     rows = len(pairs.latents)
-    step_index = step_index.repeat(rows)
-    sample = add_noise(schedule, pairs.latents.flatten(0, 1), pairs.noise.repeat(rows, 1, 1, 1), step_index)
-    embeds, pooled = pairs.prompt_embeds.flatten(0, 1), pairs.pooled_prompt_embeds.flatten(0, 1)
-    denoise = denoiser(embeds, pooled, pairs.time_ids.repeat(rows, 1))
-    model_output = denoise(scale_model_input(schedule, sample, step_index), schedule.timesteps[step_index])
-    return predict_original_sample(schedule, model_output, sample, step_index).unflatten(0, (rows, -1))
+    steps = schedule.at(step_index.repeat(rows))
+    sample = add_noise(steps, pairs.latents.flatten(0, 1), pairs.noise.repeat(rows, 1, 1, 1))
+    model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, pairs.conditioning)
+    return predict(steps, model_output, sample)[0].unflatten(0, (rows, -1))
 
 
-def weighted_errors(weight: Tensor, clean: Tensor, predicted: Tensor) -> Tensor:
-    """`denoising_error` [k, b] of clean latents [k, b, C, H, W], with the weight [b] of each pair's noise level."""
+def weighted_errors(clean: Tensor, predicted: Tensor, weight: Tensor) -> Tensor:
+    """`denoising_error` [k, b] of clean latents [k, b, C, h, w], with the weight [b] of each pair's noise level."""
     return denoising_error(clean.flatten(0, 1), predicted.flatten(0, 1), weight.repeat(len(clean))).view(len(clean), -1)
 
 
-class StepLoss(NamedTuple):
-    """The loss of each pair, the timestep's number that it was drawn at, and what is logged; all [b]."""
-
-    loss: Tensor
-    step_index: Tensor
-    metrics: dict[str, Tensor]
-
-
-def sigmoid_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> StepLoss:
-    """PSO: one UNet call without gradient and LoRA, one with both."""
-    step_index = (pairs.place * num_weighted_steps(schedule, args.weighting)).long()
-    errors = partial(weighted_errors, forward_weight(schedule, step_index, args.weighting))
-    with torch.no_grad(), lora_disabled(unet):
-        reference_model = predict_pairs(schedule, denoiser, pairs, step_index)
-    predicted = predict_pairs(schedule, denoiser, pairs, step_index)
-    gains = errors(pairs.latents, reference_model) - errors(pairs.latents, predicted)
-    loss, pair_accuracy, saturated, anchored = offline_pso_loss(
-        *gains[:2], args.beta, args.target_anchor, args.reference_weight
-    )
-    metrics = {"target_gain": gains[0], "reference_gain": gains[1], "pair_accuracy": pair_accuracy}
-    metrics |= {"saturated": saturated, "anchored": anchored}
+def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+    """PSO: one call of the model without gradient and LoRA, one with both."""
+    step_index = (pairs.uniform * len(weights)).long()
+    weight = weights[step_index]
+    with torch.no_grad(), family.without_lora():
+        base_predicted = predict_pairs(family, schedule, pairs, step_index)
+    predicted = predict_pairs(family, schedule, pairs, step_index)
+    gains = weighted_errors(pairs.latents, base_predicted, weight) - weighted_errors(pairs.latents, predicted, weight)
+    settings = {"beta": args.beta, "target_anchor": args.target_anchor, "reference_weight": args.reference_weight}
+    loss, metrics = offline_pso_loss(*gains[:2], **settings)
     if args.class_anchor:
-        # under the mdp weighting, the KL divergence of the class prompt's transitions from the reference model's
-        metrics["class_drift"] = errors(reference_model, predicted)[2]
-        loss = loss + args.class_anchor * metrics["class_drift"]
-    return StepLoss(loss, step_index, metrics)
+        # under the mdp weighting, the KL divergence of the class prompt's transitions from the base's
+        class_drift = weighted_errors(base_predicted, predicted, weight)[2]
+        loss = loss + args.class_anchor * class_drift
+        metrics |= {"loss": loss.detach(), "class_drift": class_drift.detach()}
+    return loss, metrics
 
 
-def hinge_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> StepLoss:
-    """The release's reference-free hinge: one UNet call."""
-    step_index = (pairs.place * num_weighted_steps(schedule, args.weighting)).long()
-    predicted = predict_pairs(schedule, denoiser, pairs, step_index)
-    errors = weighted_errors(forward_weight(schedule, step_index, args.weighting), pairs.latents, predicted)
-    loss, pair_accuracy, active = hinge_pso_loss(*errors, args.beta, args.reference_weight, args.prior_loss_weight)
-    metrics = {"target_error": errors[0], "reference_error": errors[1], "pair_accuracy": pair_accuracy}
-    return StepLoss(loss, step_index, metrics | {"active": active})
+def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+    """The release's hinge, without the base: one call of the model."""
+    step_index = (pairs.uniform * len(weights)).long()
+    predicted = predict_pairs(family, schedule, pairs, step_index)
+    errors = weighted_errors(pairs.latents, predicted, weights[step_index])
+    settings = {"reference_weight": args.reference_weight, "prior_loss_weight": args.prior_loss_weight}
+    return hinge_pso_loss(*errors, beta=args.beta, **settings)
 
 
-def diffusion_loss(args, unet, schedule: Schedule, denoiser, pairs: Pairs) -> StepLoss:
+def diffusion_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
     """PSO's rival: the plain diffusion loss on the targets, over all training timesteps."""
-    timesteps = (pairs.place * schedule.scheduler.config.num_train_timesteps).long()
+    timesteps = (pairs.uniform * len(schedule.train_alpha)).long()
     inputs = diffusion_inputs(schedule, pairs.latents[0], pairs.noise, timesteps)
-    denoise = denoiser(pairs.prompt_embeds[0], pairs.pooled_prompt_embeds[0], pairs.time_ids)
-    error = (denoise(inputs.model_input, inputs.timesteps).float() - inputs.target) ** 2
-    return StepLoss(error.flatten(1).mean(1), torch.zeros_like(timesteps), {})
+    model_output = family.predict(inputs.model_input, inputs.timesteps, pairs.conditioning)
+    loss = ((model_output - inputs.target) ** 2).flatten(1).mean(1)
+    return loss, {"loss": loss.detach()}
 
 
-LOSSES = {"sigmoid": sigmoid_loss, "hinge": hinge_loss, "diffusion": diffusion_loss}
-LOSS_FLAGS = {  # what the model card says of a loss
-    "sigmoid": ["weighting", "beta", "target_anchor", "reference_weight", "class_anchor"],
-    "hinge": ["weighting", "beta", "reference_weight", "prior_loss_weight"],
-    "diffusion": [],
-}
-METRICS = {
-    "sigmoid": ["target_gain", "reference_gain", "pair_accuracy", "saturated", "anchored"],
-    "hinge": ["target_error", "reference_error", "pair_accuracy", "active"],
-    "diffusion": [],
-}
+class Loss(NamedTuple):
+    """All that a loss is; to add one's own, write its function and an entry of `LOSSES`.
 
-
-def accumulate_gradients(
-    accelerator: Accelerator,
-    parameters: list[Tensor],
-    step_loss: Callable[[Pairs], StepLoss],
-    batches: Iterator[tuple[Pairs | None, int]],
-    group_size: int,
-    names: list[str],
-    num_shares: int = 0,
-) -> tuple[dict[str, float], list[float]]:
-    """Leaves in the parameters the gradient of the mean loss over a group's sound pairs on all processes.
-
-    As in the online script there is no DistributedDataParallel: processes have unlike numbers of pairs, be they none,
-    and their gradients are summed in one call. How many pairs there were is only known after it.
-
-    Args:
-        batches: pairs (None: none in this batch), and how many records had a broken image.
-        group_size: nominal; the loss is scaled by it until the count is known.
-        names: of the loss's metrics.
-        num_shares: 0, or among how many timesteps the gradient is shared out.
-
-    Returns:
-        the means of loss and metrics, with the sums `pairs` and `broken`; the timesteps' shares of the gradient's norm.
+    function: (family, schedule, weights [M] of the steps that may be drawn, pairs, args) -> the loss of each pair [b]
+        and its metrics by name, [b] each.
+    flags: which of the loss's flags it reads; the others are refused, and these are in the log and the model card.
+    metrics: the names of its metrics, for a process that has no pairs and adds zeros.
+    defaults: weighting -> what the flags are unless given; the first one that fits the schedule is the default
+        weighting. None: by task, `TASK_DEFAULTS`.
     """
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # not None: a process without pairs steps like the others
-    sums = torch.zeros(3 + len(names), device=accelerator.device)  # pairs, broken, loss and metrics
-    shares = torch.zeros(num_shares, sum(p.numel() for p in parameters), device=accelerator.device)
-    for pairs, num_broken in batches:
-        sums[1] += num_broken
-        if pairs is None:
-            continue
-        loss, step_index, metrics = step_loss(pairs)
-        for number in step_index.unique().tolist() if num_shares else []:
-            part = loss[step_index == number].sum() / group_size
-            if accelerator.scaler is not None:  # else fp16 gradients underflow; the scale is the same for all shares
-                part = accelerator.scaler.scale(part)
-            gradients = torch.autograd.grad(part, parameters, retain_graph=True)
-            shares[number] += torch.cat([gradient.flatten() for gradient in gradients])
-        accelerator.backward(loss.sum() / group_size)
-        sums[0] += len(loss)
-        sums[2:] += torch.stack([value.detach().sum() for value in (loss, *(metrics[name] for name in names))])
-    sums = training.reduce_gradients(accelerator, parameters, sums)
-    num_pairs, num_broken, *means = sums.tolist()
-    for parameter in parameters:
-        parameter.grad.mul_(group_size / max(num_pairs, 1))
-    metrics = {name: value / max(num_pairs, 1) for name, value in zip(["loss", *names], means)}
-    norms = accelerator.reduce(shares, "sum").norm(dim=1) if num_shares else torch.zeros(0)
-    return metrics | {"pairs": num_pairs, "broken": num_broken}, (norms / norms.sum().clamp(min=1e-30)).tolist()
+
+    function: Callable[[Family, Schedule, Tensor, Pairs, object], tuple[Tensor, dict[str, Tensor]]]
+    flags: Sequence[str]
+    metrics: Sequence[str]
+    defaults: dict[str, dict[str, float]] | None
 
 
-# ---- References and latents ----
+LOSSES = {
+    "sigmoid": Loss(
+        sigmoid_loss,
+        flags=["weighting", "beta", "target_anchor", "reference_weight", "class_anchor"],
+        metrics=OFFLINE_METRICS,
+        defaults=None,
+    ),
+    "hinge": Loss(
+        hinge_loss,
+        flags=["weighting", "beta", "reference_weight", "prior_loss_weight"],
+        metrics=HINGE_METRICS,
+        # The release's, but for its reference_weight of 0.1, with which the hinge is regression onto the target.
+        defaults={"epsilon": {"beta": 5.0, "reference_weight": 0.5, "prior_loss_weight": 0.5}},
+    ),
+    "diffusion": Loss(diffusion_loss, flags=[], metrics=["loss"], defaults={}),
+}
+LOSS_FLAGS = list(dict.fromkeys(flag for loss in LOSSES.values() for flag in loss.flags))
+
+# What the flags of PSO's loss are unless given, by task and weighting: a task's own weighting comes first, the others
+# are for who asks for them. demo/README.md has what was tried. A beta is right where beta times the difference of gains
+# that a fully learnt pair shows is some 3 to 15: with more, the loss saturates before the samples change.
+TASK_DEFAULTS = {
+    "preference": {
+        "mdp": {"beta": 30.0, "target_anchor": 60.0, "reference_weight": 1.0},
+        "x0": {"beta": 10.0, "target_anchor": 10.0, "reference_weight": 1.0},
+        "epsilon": {"beta": 200.0, "target_anchor": 200.0, "reference_weight": 1.0},
+    },
+    "style": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.05}},
+    "concept": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.2}},
+}
+CLASS_ANCHOR = 10.0  # of concepts, whatever the weighting
 
 
-def make_references(args, source, accelerator, pipeline, settings: dict, embed, decode) -> References | None:
+def set_loss_defaults(args, schedule: Schedule) -> Tensor:
+    """Fills in the flags of the loss that were not given; returns the weights [M] of the steps that may be drawn.
+
+    Raises:
+        UserError: a flag of another loss, or a weighting that does not fit the schedule or has no defaults here.
+    """
+    loss = LOSSES[args.loss]
+    for flag in LOSS_FLAGS:
+        if getattr(args, flag) is not None and flag not in loss.flags:
+            owners = " or ".join(name for name, other in LOSSES.items() if flag in other.flags)
+            raise UserError(f"--{flag} goes with --loss {owners}, not {args.loss}: drop it")
+    if "weighting" not in loss.flags:
+        return torch.zeros(0)
+    by_weighting = TASK_DEFAULTS[args.task] if loss.defaults is None else loss.defaults
+    if args.weighting is None:
+        args.weighting = next(weighting for weighting in by_weighting if fits_schedule(schedule, weighting))
+    weights = forward_weights(schedule, args.weighting)
+    defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(args.weighting, {})
+    defaults["class_anchor"] = CLASS_ANCHOR if args.task == "concept" else 0.0
+    for flag in loss.flags:
+        if getattr(args, flag) is None and flag not in defaults:
+            raise UserError(f"--weighting {args.weighting} has no default --{flag} for --task {args.task}: pass one")
+        if getattr(args, flag) is None:
+            setattr(args, flag, defaults[flag])
+    return weights
+
+
+def fits_schedule(schedule: Schedule, weighting: str) -> bool:
+    try:
+        forward_weights(schedule, weighting)
+    except UserError:
+        return False
+    return True
+
+
+# ---- Flags ----
+
+
+def parse_args(argv=None):
+    parser = arguments.ArgumentParser(description=__doc__)
+    arguments.add_model_arguments(parser)
+    arguments.add_schedule_arguments(parser)
+    add_pair_arguments(parser)
+    add_loss_arguments(parser)
+    arguments.add_lora_arguments(parser)
+    arguments.add_optimizer_arguments(parser)
+    arguments.add_run_arguments(parser, output_dir="pso-lora")
+    args = parser.parse_args(argv)
+    check_task_flags(parser, args)
+    return args
+
+
+def defaults_text(flag: str) -> str:
+    """A flag's default of each loss and task, for the help."""
+    named = [(f"hinge, {weighting}", values) for weighting, values in LOSSES["hinge"].defaults.items()]
+    for task, by_weighting in TASK_DEFAULTS.items():
+        named += [(f"{task}, {weighting}", values) for weighting, values in by_weighting.items()]
+    return "; ".join(f"{values[flag]:g} for {name}" for name, values in named if flag in values)
+
+
+def add_loss_arguments(parser):
+    group = parser.add_argument_group("offline PSO")
+    add, positive_int, non_negative_float = group.add_argument, arguments.positive_int, arguments.non_negative_float
+    add("--loss", choices=LOSSES, default="sigmoid", help="sigmoid: PSO, relative to the base. hinge: without the "
+        "base, as released for concepts. diffusion: the plain diffusion loss on the targets, PSO's rival.")  # fmt: skip
+    add("--weighting", choices=WEIGHTINGS, help="Of the squared error of the clean latents: epsilon (alpha/sigma)^2, "
+        "x0 1, mdp the exact KL divergence of the transitions. Default: mdp for preference (x0 where it does not fit "
+        "the schedule), x0 for style and concept; epsilon for the hinge.")  # fmt: skip
+    add("--beta", type=arguments.positive_float, help="Strength of the preference. Default: "
+        f"{defaults_text('beta')}.")  # fmt: skip
+    add("--target_anchor", type=non_negative_float, help="sigmoid: weight of relu(growth of the target's error), which "
+        f"keeps samples on the data. Default: {defaults_text('target_anchor')}; 0 for other weightings.")  # fmt: skip
+    add("--class_anchor", type=non_negative_float, help="concept, sigmoid: weight of the squared distance that the "
+        "class prompt's predictions move away from the base's; keeps the class as it is. Default: "
+        f"{CLASS_ANCHOR:g}.")  # fmt: skip
+    add("--reference_weight", type=non_negative_float, help="The reference's weight. sigmoid: 1 is PSO; less repels "
+        "less. hinge: kappa; the release's 0.1 is, with its other values, plain regression onto the target. Default: "
+        f"{defaults_text('reference_weight')}; 1 for other weightings.")  # fmt: skip
+    add("--prior_loss_weight", type=non_negative_float, help="hinge: lambda, the weight of regression onto the "
+        f"references. Default: {defaults_text('prior_loss_weight')}.")  # fmt: skip
+    add("--train_batch_size", type=positive_int, default=4, help="Pairs in a call of the model, on each process.")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches of pairs in an optimizer step.")
+    add("--num_train_epochs", type=positive_int, default=1, help="Passes over the pairs, unless --max_train_steps is "
+        "given.")  # fmt: skip
+    add("--max_train_steps", type=positive_int, help="Optimizer steps to stop after. One optimizer step is "
+        "gradient_accumulation_steps x train_batch_size pairs on each process, one timestep of each.")  # fmt: skip
+    arguments.add_reward_arguments(group, required=False, purpose="Scores the validation images:")
+    add("--early_stopping_patience", type=positive_int, help="Stop after so many validations without a better "
+        "--reward; the result is the best LoRA, not the last. Default: never.")  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What the flags and the files tell, checked before a model is loaded."""
+
+    source: Table | Stream  # of the targets or pairs
+    rewards: list[RewardSpec]
+    model: ModelInfo
+    checkpoint: Path | None  # to resume from; None: a new run
+
+
+def check_arguments(args) -> Plan:
+    arguments.check_output_dir(args.output_dir)
+    arguments.check_packages(args)
+    if args.early_stopping_patience and not args.reward:
+        raise UserError("--early_stopping_patience needs a --reward to tell which validation is the best")
+    if args.early_stopping_patience and args.num_validation_images == 0:
+        raise UserError("--early_stopping_patience needs validation images: raise --num_validation_images")
+    reward_specs = parse_rewards(args.reward, args.reward_model) if args.reward else []
+    source = open_source(args)
+    info = models.check_model(args)
+    lora_targets = models.check_lora(args, info)
+    set_loss_defaults(args, models.training_schedule(args, info.family, info.scheduler, stochastic=False))
+    models.deployment(args, info.family, info.scheduler)
+    return Plan(source, reward_specs, info, checkpoint_to_resume(args, info, lora_targets))
+
+
+# ---- Pairs of latents ----
+
+
+def make_references(
+    args,
+    accelerator: Accelerator,
+    family: Family,
+    source: Table | Stream,
+    *,
+    embed: PromptCache,
+    deployment: Deployment,
+) -> References | None:
     """The images that the model draws for targets without a reference: one of each caption (style), or
     --num_reference_images of the class (concept)."""
     if source.has_references or args.loss == "diffusion":
         return None
     captions = source.captions() if args.task == "style" else [args.class_prompt] * args.num_reference_images
-    deployment = validation.deployment_pipeline(pipeline)
-    settings = validation.pipeline_settings(settings, args.resolution)
 
     @torch.no_grad()
     def draw(captions, seeds):
-        lora = nullcontext() if args.reference_policy == "current" else lora_disabled(pipeline.unet)
-        with lora:
-            latents = validation.draw_latents(deployment, *embed(captions), seeds, args.sample_batch_size, **settings)
-        return decode(latents)
+        conditioning = family.collate(embed(captions), deployment.height, deployment.width)
+        settings = {"deployment": deployment, "batch_size": args.sample_batch_size}
+        if args.reference_policy == "current":
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
+        with family.without_lora():
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
 
-    model = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
-    model += ["distilled_unet", "distillation_lora", "reference_policy"]
-    facts = {name: getattr(args, name) for name in model} | settings
-    facts |= {"scheduler": scheduler_code(pipeline.scheduler), "mixed_precision": accelerator.mixed_precision}
+    names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
+    names += ["distilled_unet", "distillation_lora", "reference_policy"]
+    settings = {name: getattr(args, name) for name in names} | deployment._asdict()
+    settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
+    settings["mixed_precision"] = accelerator.mixed_precision
     folder = Path(args.output_dir, "references")
-    return References(accelerator, folder, captions, draw, facts, args.seed, args.sample_batch_size)
+    batch_size = args.sample_batch_size
+    return References(accelerator, folder, captions, draw, settings=settings, seed=args.seed, batch_size=batch_size)
 
 
-def reference_pixels(args, references: References, places: dict[str, int], epoch: int, batch: PairBatch) -> Tensor:
-    """The references [b, 3, H, W] of a batch's targets, mirrored as these are: of their captions (style), or any."""
+def reference_indices(args, epoch: int, ids: Sequence[str], index_of_id: dict[str, int], num_references: int):
+    """Which of the references each record is paired with: its caption's (style), or any (concept)."""
     if args.task == "style":
-        indices = [places[record_id] for record_id in batch.ids]
-    else:
-        drawn = draw_reference_places(args.seed, epoch, batch.ids)
-        indices = (drawn * len(references.captions)).long().tolist()
-    pixels = references.pixels(indices)
-    return torch.where(batch.flipped[:, None, None, None], pixels.flip(-1), pixels)
+        return [index_of_id[record_id] for record_id in ids]
+    return (draw_reference_uniform(ids, seed=args.seed, epoch=epoch) * num_references).long().tolist()
 
 
-def make_pairs(args, device, noise_shape, embed, encode, reference_pixels, epoch: int, batch: PairBatch):
-    """A batch as (pairs on the accelerator, or None without a sound record; how many are broken)."""
-    if not batch.ids:
-        return None, batch.num_broken
-    pixels, captions = [batch.target_pixels], [batch.captions]
-    if args.loss != "diffusion":
-        pixels += [batch.reference_pixels if batch.reference_pixels is not None else reference_pixels(epoch, batch)]
-        captions += [batch.captions]
-    latents = encode(torch.cat(pixels)).unflatten(0, (len(pixels), -1))
+def make_pairs(
+    args, family: Family, embed: PromptCache, batch: LatentBatch, references: Tensor | None, *, epoch: int
+) -> Pairs:
+    """A microbatch as it is trained on: with its references [b, C, h, w] (None for the diffusion loss), each record's
+    draws of this epoch, and the conditioning of all its rows."""
+    latents, captions = [batch.targets], list(batch.captions)
+    if references is not None:
+        latents.append(references)
+        captions += batch.captions
     if args.class_anchor:
-        latents = torch.cat([latents, latents[1:]])
-        captions += [[args.class_prompt] * len(batch.ids)]
-    embeds = (tensor.unflatten(0, (len(captions), -1)) for tensor in embed([c for row in captions for c in row]))
-    draw = (args.seed, epoch, batch.ids)
-    tensors = (
-        latents,
-        draw_noise(*draw, noise_shape),
-        draw_timestep_places(*draw),
-        *embeds,
-        crop_time_ids(batch.original_sizes, batch.crop_top_lefts, args.resolution),
+        latents.append(references)
+        captions += [args.class_prompt] * len(batch.ids)
+    conditioning = family.collate(
+        embed(captions),
+        args.resolution,
+        args.resolution,
+        original_sizes=batch.original_sizes.repeat(len(latents), 1),
+        crop_top_lefts=batch.crop_top_lefts.repeat(len(latents), 1),
     )
-    return Pairs(*(tensor.to(device) for tensor in tensors)), batch.num_broken
-
-
-def fill_cache(args, accelerator, pipeline, loader: PairLoader, references: References | None, embed, encode, prompts):
-    """Encodes all images, both ways round with --random_flip, and all prompts, each process its share; then the text
-    encoders go."""
-    has_pairs = loader.source.has_references and args.loss != "diffusion"
-    drawn = references.captions if references is not None else []
-    count = (len(loader.source) * (1 + has_pairs) + len(drawn)) * (1 + args.random_flip)
-    shape = latent_shape(pipeline, args.resolution)
-    embeds, pooled = embed(prompts[:1])
-    # the references', too: a refresh embeds them again, and a target with a broken image has one as well
-    prompts = list(dict.fromkeys([*prompts, *drawn, *loader.source.captions()]))
-    size = count * 4 * math.prod(shape) + len(prompts) * (embeds[0].nbytes + pooled[0].nbytes)
-    logger.info(f"the cache will hold {count} latents and {len(prompts)} prompts: up to {size / 1e6:.1f} MB on disk")
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-
-    def encode_both_ways(pixels: Tensor):
-        encode(pixels)
-        if args.random_flip:
-            encode(pixels.flip(-1))
-
-    bar = partial(tqdm, disable=not accelerator.is_local_main_process, desc="encoding", leave=False)
-    for prompt in prompts[mine]:
-        embed([prompt])
-    for group in bar(loader.groups(0), total=math.ceil(len(loader.source) / loader.group_size)):
-        for batch in group.batches:
-            if batch.ids:
-                images = [batch.target_pixels, batch.reference_pixels] if has_pairs else [batch.target_pixels]
-                encode_both_ways(torch.cat(images))
-    indices = range(len(drawn))[mine]
-    for start in range(0, len(indices), args.sample_batch_size):
-        encode_both_ways(references.pixels(indices[start : start + args.sample_batch_size]))
-    accelerator.wait_for_everyone()
-    pipeline.text_encoder = pipeline.text_encoder_2 = None
-    free_memory()
+    draws = {"seed": args.seed, "epoch": epoch}
+    noise = draw_noise(batch.ids, batch.targets.shape[1:], **draws).to(family.device)
+    uniform = draw_timestep_uniform(batch.ids, **draws).to(family.device)
+    return Pairs(torch.stack(latents), noise, uniform, conditioning)
 
 
 # ---- The run ----
 
 
 @dataclass
-class OfflineState(training.TrainingState):
-    """`TrainingState` with the place in the epoch, and the best validation for early stopping."""
+class OfflineState(TrainingState):
+    """`TrainingState` with the records that are done, and the best validation for early stopping."""
 
     position: int = 0  # records of the epoch that are done
     num_broken: int = 0  # records that were left out so far for a broken image
@@ -538,7 +378,7 @@ class OfflineState(training.TrainingState):
     worse_validations: int = 0  # in a row, since the best
 
 
-def keep_best(args, accelerator, unet, state: OfflineState, values: dict[str, float]) -> bool:
+def keep_best(args, accelerator: Accelerator, family: Family, state: OfflineState, values: dict[str, float]) -> bool:
     """Keeps the LoRA, and saves it to output_dir/best, if its validation's reward is the best so far; True if it is
     time to stop. `values` are empty where a resumed run has not validated yet: what it goes on with did."""
     if not (args.early_stopping_patience and values):
@@ -546,157 +386,18 @@ def keep_best(args, accelerator, unet, state: OfflineState, values: dict[str, fl
     reward = values["validation/reward_mean"]
     if reward > state.best_reward:
         state.best_reward, state.best_step, state.worse_validations = reward, state.global_step, 0
-        state.best_lora = {key: value.to("cpu", copy=True) for key, value in get_peft_model_state_dict(unet).items()}
+        lora = get_peft_model_state_dict(family.denoiser)
+        state.best_lora = {key: value.to("cpu", copy=True) for key, value in lora.items()}
         if accelerator.is_main_process:
             Path(args.output_dir, "best").mkdir(exist_ok=True)
-            save_lora(unet, Path(args.output_dir, "best"))
+            family.save_lora(Path(args.output_dir, "best"))
         accelerator.wait_for_everyone()
     elif state.best_step != state.global_step:
         state.worse_validations += 1
     return state.worse_validations >= args.early_stopping_patience
 
 
-def run(args):
-    source, reward_specs, checkpoint = check_arguments(args)
-    accelerator = training.make_accelerator(args)
-    logger.setLevel("INFO")
-    repo_id = training.create_hub_repository(accelerator, args)
-
-    # The models, as functions of tensors
-    pipeline, parameters = training.load_models(args, accelerator)
-    cache_folder = Path(args.output_dir, "cache") if args.cache_latents else None
-    functions = training.make_functions(args, accelerator, pipeline, cache_folder)
-    embed, denoiser, decode, encode, guidance_scale = functions
-    home = "cpu" if args.offload else accelerator.device
-    rewards = load_rewards(reward_specs, home, args.cache_dir, args.reward_batch_size)
-    score = training.offloaded(rewards, accelerator.device, args.offload)
-    schedule = training.training_schedule(args, pipeline.scheduler, accelerator.device, stochastic=False)
-    settings = {**training.deployment_settings(args, pipeline.scheduler), "guidance_scale": guidance_scale}
-
-    # The pairs
-    group_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    loader = PairLoader(
-        source,
-        args.resolution,
-        args.train_batch_size,
-        group_size,
-        args.seed,
-        accelerator.num_processes,
-        accelerator.process_index,
-        args.dataloader_num_workers,
-        args.center_crop,
-        args.random_flip,
-        skip_broken_images=args.skip_broken_images,
-    )
-    references = make_references(args, source, accelerator, pipeline, settings, embed, decode)
-    places = {} if isinstance(source, Stream) else {record_id: index for index, record_id in enumerate(source.ids())}
-    draw_pixels = partial(reference_pixels, args, references, places)
-    shape = latent_shape(pipeline, args.resolution)
-    to_pairs = partial(make_pairs, args, accelerator.device, shape, embed, encode, draw_pixels)
-    names = METRICS[args.loss] + ["class_drift"] * bool(args.class_anchor)
-    step_loss = partial(LOSSES[args.loss], args, pipeline.unet, schedule, denoiser)
-    log_shares = args.log_gradient_shares and args.loss != "diffusion"  # which is not trained at the schedule's steps
-    num_shares = num_weighted_steps(schedule, args.weighting) if log_shares else 0
-    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(source) / group_size)
-    max_epochs = args.num_train_epochs if args.max_train_steps is None else math.inf
-
-    optimizer, lr_scheduler = training.make_optimizer(args, accelerator, parameters, max_train_steps)
-    state = OfflineState()
-    accelerator.register_for_checkpointing(state)
-    if checkpoint is not None:
-        logger.info(f"resuming from {checkpoint}")
-        accelerator.load_state(str(checkpoint))
-    training.initialize_grad_scaler(accelerator)
-    log = training.start_logs(accelerator, args, "pso_lora_sdxl", state.global_step, resumed=checkpoint is not None)
-    if isinstance(source, Table) and source.num_ties:
-        logger.info(f"{source.num_ties} ties are left out, {len(source)} pairs are kept")
-    bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
-    refresh_steps = args.reference_refresh_steps or max_train_steps + 1
-    if references is not None:
-        if args.reference_policy == "current":
-            references.drop_after(state.global_step)
-        drawing = bar(total=math.ceil(len(references.captions) / accelerator.num_processes), desc="references")
-        references.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
-        drawing.close()
-    prompts = args.validation_prompts or validation_prompts(args, source)
-    if args.cache_latents:
-        more_prompts = prompts + [args.class_prompt] * bool(args.class_anchor)
-        fill_cache(args, accelerator, pipeline, loader, references, embed, encode, more_prompts)
-    validate = validation.Validation(
-        args, accelerator, pipeline, prompts, settings, args.sample_batch_size, embed, decode, score, rewards, log
-    )
-    if checkpoint is None:
-        validate(state)
-        keep_best(args, accelerator, pipeline.unet, state, validate.values)
-
-    logger.info(f"steps of {group_size} pairs at timesteps {schedule.timesteps.tolist()}")
-    updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    stop = False
-    while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
-        first_step, start = state.global_step, state.position
-        for group in loader.groups(state.epoch, state.position):
-            batches = (to_pairs(state.epoch, batch) for batch in group.batches)
-            metrics, shares = accumulate_gradients(
-                accelerator, parameters, step_loss, batches, group_size, names, num_shares
-            )
-            state.position = group.end
-            state.num_broken += int(metrics.pop("broken"))
-            if metrics["pairs"] == 0:
-                continue
-            metrics |= training.optimizer_step(accelerator, optimizer, lr_scheduler, parameters, args.max_grad_norm)
-            metrics |= {f"gradient_share/{t:g}": share for t, share in zip(schedule.timesteps.tolist(), shares)}
-            state.global_step += 1
-            log(state.global_step, {"epoch": state.epoch, "broken": state.num_broken, **metrics})
-            updates.update()
-            updates.set_postfix(loss=metrics["loss"])
-
-            if references is not None and state.global_step % refresh_steps == 0:
-                if state.global_step < max_train_steps:
-                    references.refresh(state.global_step)
-            if state.global_step % args.validation_steps == 0:
-                validate(state)
-                stop = keep_best(args, accelerator, pipeline.unet, state, validate.values)
-            stop = stop or state.global_step >= max_train_steps
-            if state.global_step % args.checkpointing_steps == 0 and not stop:
-                save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
-            if stop:
-                break
-        else:
-            if state.global_step == first_step and start == 0:
-                raise ValueError(f"{source.name} has no pair of sound images: see --skip_broken_images")
-            state.epoch, state.position = state.epoch + 1, 0
-    updates.close()
-    if isinstance(source, Stream) and source.num_ties:
-        logger.info(f"{source.num_ties} ties were left out in the latest pass")
-    if state.num_broken:
-        logger.info(f"{state.num_broken} times a pair was left out because an image is broken (--skip_broken_images)")
-
-    # Saved before anything is drawn with it, so that a failure there loses nothing
-    if accelerator.is_main_process:
-        save_lora(pipeline.unet, args.output_dir, args.output_kohya_format)
-    validate(state)
-    keep_best(args, accelerator, pipeline.unet, state, validate.values)
-    if args.early_stopping_patience and state.best_lora is not None and state.best_step != state.global_step:
-        logger.info(f"the best LoRA was that of step {state.best_step}: it is the result")
-        set_peft_model_state_dict(pipeline.unet, state.best_lora)
-        state.global_step = state.best_step
-        if accelerator.is_main_process:
-            save_lora(pipeline.unet, args.output_dir, args.output_kohya_format)
-    images = validate.save_before_and_after(state)
-    if accelerator.is_main_process:
-        facts = ["task", "loss", *LOSS_FLAGS[args.loss], "learning_rate", "rank", "seed"]
-        facts = {name: getattr(args, name) for name in facts}
-        method = "plain diffusion loss" if args.loss == "diffusion" else "offline PSO"
-        facts = {"method": method, "optimizer steps": state.global_step, **facts}
-        prompt = validate.prompts[0]
-        training.write_model_card(args, pipeline.scheduler, settings, prompt, images, repo_id, facts)
-        if repo_id is not None:
-            training.push_folder(repo_id, args)
-        logger.info(f"the LoRA and its model card are in {args.output_dir}")
-    accelerator.end_training()
-
-
-def validation_prompts(args, source: Table | Stream) -> list[str]:
+def default_validation_prompts(args, source: Table | Stream) -> list[str]:
     """Four captions of the training set; of a concept, its prompt and its class's."""
     if args.task == "concept":
         return [args.instance_prompt, args.class_prompt]
@@ -705,9 +406,189 @@ def validation_prompts(args, source: Table | Stream) -> list[str]:
     return list(dict.fromkeys(record.caption for record in source.first(4)))
 
 
+def run(args):
+    source, reward_specs, info, checkpoint = check_arguments(args)
+    accelerator = make_accelerator(args)
+    logger.setLevel("INFO")
+    repo_id = hub.create_hub_repository(accelerator, args)
+
+    # The models
+    family = models.load_family(args, accelerator, info)
+    parameters = models.add_trained_lora(args, accelerator, family)
+    store = TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_latents else None
+    embed = PromptCache(family, store=store)
+    rewards = models.load_run_rewards(args, accelerator, reward_specs)
+    schedule = models.training_schedule(
+        args, family, family.pipeline.scheduler, stochastic=False, device=accelerator.device
+    )
+    deployment = models.deployment(args, family, family.pipeline.scheduler)
+    loss_function, loss_flags, metric_names, _ = LOSSES[args.loss]
+    weights = set_loss_defaults(args, schedule)
+    loss_settings = {flag: getattr(args, flag) for flag in loss_flags if flag != "class_anchor" or args.class_anchor}
+    if args.class_anchor:
+        metric_names = [*metric_names, "class_drift"]
+
+    # The pairs
+    minibatch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    loader = PairLoader(
+        source,
+        resolution=args.resolution,
+        train_batch_size=args.train_batch_size,
+        minibatch_size=minibatch_size,
+        seed=args.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        num_workers=args.dataloader_num_workers,
+        center_crop=args.center_crop,
+        random_flip=args.random_flip,
+        skip_broken_images=args.skip_broken_images,
+    )
+    references = make_references(args, accelerator, family, source, embed=embed, deployment=deployment)
+    reference_latents = ReferenceLatents(references, family, is_cached=args.cache_latents, random_flip=args.random_flip)
+    index_of_id = {record_id: index for index, record_id in enumerate(source.ids())} if args.task == "style" else {}
+    max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(source) / minibatch_size)
+    max_epochs = args.num_train_epochs if args.max_train_steps is None else math.inf
+
+    optimizer, lr_scheduler = make_optimizer(args, accelerator, parameters, max_train_steps)
+    state = OfflineState()
+    resume(accelerator, state, checkpoint)
+    is_resumed = checkpoint is not None
+    log = start_logs(accelerator, args, "pso_lora_sdxl", global_step=state.global_step, resumed=is_resumed)
+    if isinstance(source, Table) and source.num_ties:
+        logger.info(f"{source.num_ties} ties are left out, {len(source)} pairs are kept")
+    bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
+    refresh_steps = args.reference_refresh_steps or max_train_steps + 1
+    if references is not None:
+        if args.reference_policy == "current":
+            references.drop_after(state.global_step)
+        drawing = bar(total=len(references.own_indices), desc="references")
+        references.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
+        drawing.close()
+        reference_latents.fill()
+    prompts = args.validation_prompts or default_validation_prompts(args, source)
+    minibatches = partial(encoded_minibatches, family, loader)
+    if args.cache_latents:
+        # those of the references, too: a refresh embeds them again
+        more_prompts = [*prompts, *([] if references is None else references.captions)]
+        cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
+        all_prompts = [*more_prompts, *source.captions()]
+        embed(all_prompts[accelerator.process_index :: accelerator.num_processes])
+        cache.fill()
+        family.free_text_encoders()
+        family.keep_vae_offloaded()
+        logger.info("--cache_latents: the text encoders are gone, and the VAE is on the CPU except where it is used")
+        minibatches = cache.minibatches
+    validate = Validation(
+        args,
+        accelerator,
+        family,
+        embed,
+        prompts=prompts,
+        deployment=deployment,
+        batch_size=args.sample_batch_size,
+        rewards=rewards,
+        log=log,
+    )
+    if not is_resumed:
+        validate(state)
+        keep_best(args, accelerator, family, state, validate.values)
+
+    logger.info(
+        f"steps of {minibatch_size} pairs at timesteps {schedule.timesteps.tolist()}; loss {args.loss}"
+        + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
+    )
+    updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
+    stop = False
+    while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
+        first_step, start = state.global_step, state.position
+        for minibatch in minibatches(state.epoch, state.position):
+            # Prepare: what is offloaded moves at most once a minibatch
+            prepared, num_broken = [], 0
+            with family.parts_loaded():
+                for batch in minibatch.microbatches:
+                    num_broken += batch.num_broken
+                    if not batch.ids:
+                        continue
+                    of_targets = batch.references
+                    if args.loss == "diffusion":
+                        of_targets = None
+                    elif references is not None:
+                        num_references = len(references.captions)
+                        indices = reference_indices(args, state.epoch, batch.ids, index_of_id, num_references)
+                        of_targets = reference_latents(indices, batch.flipped.tolist())
+                    prepared.append(make_pairs(args, family, embed, batch, of_targets, epoch=state.epoch))
+
+            # Update: how many pairs are sound is known after the reduction; until then their nominal number serves
+            zero_gradients(parameters)
+            sums = dict.fromkeys(metric_names, torch.zeros((), device=accelerator.device))
+            for pairs in prepared:
+                loss, metrics = loss_function(family, schedule, weights, pairs, args)
+                accelerator.backward(loss.sum() / minibatch_size)
+                sums = {name: total + metrics[name].sum() for name, total in sums.items()}
+            counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
+            counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
+            sums = reduce_gradients(accelerator, parameters, sums | counts)
+            state.position = minibatch.end
+            num_pairs, num_broken = sums.pop("pairs"), sums.pop("broken")
+            state.num_broken += int(num_broken)
+            if num_pairs == 0:
+                continue
+            for parameter in parameters:
+                parameter.grad.mul_(minibatch_size / num_pairs)
+            metrics = {name: total / num_pairs for name, total in sums.items()} | {"pairs": num_pairs}
+            metrics |= optimizer_step(
+                accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm
+            )
+            state.global_step += 1
+            log(state.global_step, {"epoch": state.epoch, "broken": state.num_broken, **metrics})
+            updates.update()
+            updates.set_postfix(loss=metrics["loss"])
+
+            if references is not None and state.global_step % refresh_steps == 0:
+                if state.global_step < max_train_steps:
+                    references.refresh(state.global_step)
+                    reference_latents.fill()
+            if state.global_step % args.validation_steps == 0:
+                validate(state)
+                stop = keep_best(args, accelerator, family, state, validate.values)
+            stop = stop or state.global_step >= max_train_steps
+            if state.global_step % args.checkpointing_steps == 0 and not stop:
+                save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+            if stop:
+                break
+        else:
+            if state.global_step == first_step and start == 0:
+                raise UserError(f"{source.name} has no pair of sound images: see --skip_broken_images")
+            state.epoch, state.position = state.epoch + 1, 0
+    updates.close()
+    if isinstance(source, Stream) and source.num_ties:
+        logger.info(f"{source.num_ties} ties were left out in the latest pass")
+    if state.num_broken:
+        logger.info(f"{state.num_broken} times a pair was left out because an image is broken (--skip_broken_images)")
+
+    save_lora(args, accelerator, family)
+    validate(state)
+    keep_best(args, accelerator, family, state, validate.values)
+    if args.early_stopping_patience and state.best_lora is not None and state.best_step != state.global_step:
+        logger.info(f"the best LoRA was that of step {state.best_step}: it is the result")
+        set_peft_model_state_dict(family.denoiser, state.best_lora)
+        state.global_step = state.best_step
+        save_lora(args, accelerator, family)
+    settings = {
+        "method": "plain diffusion loss" if args.loss == "diffusion" else "offline PSO",
+        "optimizer steps": state.global_step,
+        "trained timesteps": "all" if args.loss == "diffusion" else schedule.timesteps.tolist(),
+        "task": args.task,
+        "loss": args.loss,
+        **loss_settings,
+        **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
+    }
+    save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
+
+
 def main(argv=None):
     args = parse_args(argv)
-    with training.one_line_errors(__file__):
+    with one_line_errors(__file__):
         run(args)
 
 

@@ -1,38 +1,45 @@
 #!/usr/bin/env python
-"""Online Pairwise Sample Optimization (PSO) of a few-step distilled SDXL (arXiv 2410.03190).
+"""Online Pairwise Sample Optimization (PSO) of a few-step distilled model (arXiv 2410.03190).
 
 Each epoch samples images for a batch of prompts, scores them with a reward, pairs the best with the worst image of
 every prompt and raises the likelihood of the one against the other: sample, score, pair, update. What is trained is a
-LoRA that `StableDiffusionXLPipeline.load_lora_weights` loads.
+LoRA that the pipeline's `load_lora_weights` loads.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils import arguments, training, validation
-from pso_utils.checkpoints import save_checkpoint
-from pso_utils.losses import online_pso_loss
-from pso_utils.mdp import (
-    Schedule,
-    gaussian_log_prob,
-    keyed_noise,
-    sample_trajectory,
-    scale_model_input,
-    transition,
+from pso_utils.data.prompt_cache import PromptCache
+from pso_utils.data.prompts import epoch_prompts, load_prompts
+from pso_utils.errors import UserError
+from pso_utils.families import Conditioning, Family
+from pso_utils.families.loading import ModelInfo
+from pso_utils.keyed_rng import keyed_noise, keyed_permutation
+from pso_utils.losses import ONLINE_METRICS, online_pso_loss
+from pso_utils.mdp import log_prob, sample_trajectory
+from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, select_pairs
+from pso_utils.run import arguments, hub, models
+from pso_utils.run.accelerator import make_accelerator, one_line_errors
+from pso_utils.run.checkpoints import TrainingState, checkpoint_to_resume, resume, save_checkpoint
+from pso_utils.run.logs import start_logs
+from pso_utils.run.optimizer import (
+    make_optimizer,
+    optimizer_step,
+    reduce_gradients,
+    zero_gradients,
 )
-from pso_utils.prompts import epoch_prompts, load_prompts
-from pso_utils.rewards import COMBINATIONS, RewardSpec, load_rewards, parse_rewards, select_pairs
-from pso_utils.sdxl import DEFAULT_LORA_TARGETS, latent_shape, lora_disabled, save_lora
+from pso_utils.run.result import save_card_and_pictures, save_lora
+from pso_utils.run.validation import Validation
+from pso_utils.schedules import Schedule
 
 
 logger = get_logger(__name__)
@@ -46,14 +53,9 @@ def parse_args(argv=None):
     arguments.add_model_arguments(parser)
     arguments.add_schedule_arguments(parser)
     arguments.add_prompt_arguments(parser)
-    add = parser.add_argument_group("online PSO").add_argument
-    positive_int, positive_float = arguments.positive_int, arguments.positive_float
-    add("--reward", action="append", required=True, metavar="NAME[=WEIGHT]", help="clip, pickscore, "
-        "jpeg_compressibility, jpeg_incompressibility or your own module:function; may be repeated.")  # fmt: skip
-    add("--reward_model", action="append", metavar="[NAME=]MODEL", help="Hub id or local folder of a reward's model.")
-    add("--reward_combination", choices=COMBINATIONS, default="sum", help="sum: by the weighted sum. pareto: a target "
-        "is at least as good in all and better in one, else the pair is a tie.")  # fmt: skip
-    add("--reward_batch_size", type=positive_int, default=8, help="Images that a reward scores at once.")
+    group = parser.add_argument_group("online PSO")
+    arguments.add_online_reward_arguments(group)
+    add, positive_int, positive_float = group.add_argument, arguments.positive_int, arguments.positive_float
     add("--samples_per_prompt", type=arguments.bounded(int, 2), default=2, help="K: images to pick a pair from.")
     add("--sample_batch_size", type=positive_int, default=2, help="Prompts sampled at once on each process, K "
         "images of each.")  # fmt: skip
@@ -62,7 +64,7 @@ def parse_args(argv=None):
     add("--num_inner_epochs", type=positive_int, default=1, help="Passes over the pairs of an epoch.")
     add("--train_timesteps", type=positive_int, help="How many of the N - 1 stochastic steps each pair is trained on, "
         "drawn at random for each pair. Default: all.")  # fmt: skip
-    add("--train_batch_size", type=positive_int, default=2, help="Pairs in a UNet call, on each process.")
+    add("--train_batch_size", type=positive_int, default=2, help="Pairs in a call of the model, on each process.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches of pairs in an optimizer step.")
     add("--num_train_epochs", type=positive_int, default=100, help="Outer epochs, unless --max_train_steps is given.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps to stop after. One optimizer step is "
@@ -72,88 +74,68 @@ def parse_args(argv=None):
     add("--clip_range", type=arguments.bounded(float, 0, low_included=False, high=0.999), default=0.1, help="The "
         "likelihood ratios are clamped to 1 - clip_range .. 1 + clip_range.")  # fmt: skip
     add("--max_tie_epochs", type=positive_int, default=3, help="Stop after so many epochs of nothing but ties.")
-    arguments.add_lora_arguments(parser, DEFAULT_LORA_TARGETS)
+    arguments.add_lora_arguments(parser)
     arguments.add_optimizer_arguments(parser)
     arguments.add_run_arguments(parser, output_dir="pso-online-lora")
     return parser.parse_args(argv)
 
 
-def check_arguments(args) -> tuple[list[str], list[RewardSpec], Path | None]:
-    """Checks all that the flags and the files can tell, before a model is loaded.
+class Plan(NamedTuple):
+    """What the flags and the files tell, checked before a model is loaded."""
 
-    Returns:
-        the prompts, the rewards to load, and the checkpoint to resume from (None: a new run).
-    """
-    arguments.check_shared_arguments(args)
+    prompts: list[str]
+    rewards: list[RewardSpec]
+    model: ModelInfo
+    checkpoint: Path | None  # to resume from; None: a new run
+
+
+def check_arguments(args) -> Plan:
+    arguments.check_output_dir(args.output_dir)
+    arguments.check_packages(args)
     prompts = load_prompts(
         args.prompts,
-        args.dataset_name,
-        args.dataset_config_name,
-        args.dataset_split,
-        args.caption_column,
-        args.max_train_samples,
-        args.cache_dir,
-        args.dataloader_num_workers,
+        dataset_name=args.dataset_name,
+        caption_column=args.caption_column,
+        max_train_samples=args.max_train_samples,
+        config_name=args.dataset_config_name,
+        split=args.dataset_split,
+        cache_dir=args.cache_dir,
+        num_workers=args.dataloader_num_workers,
     )
     reward_specs = parse_rewards(args.reward, args.reward_model)
-    training.check_model_files(args)
-    training.check_lora_flags(args)
-    scheduler = training.load_scheduler(args)
-    stochastic_steps = training.training_schedule(args, scheduler).num_steps - 1
-    training.deployment_settings(args, scheduler)
+    info = models.check_model(args)
+    lora_targets = models.check_lora(args, info)
+    stochastic_steps = models.training_schedule(args, info.family, info.scheduler, stochastic=True).num_steps - 1
+    models.deployment(args, info.family, info.scheduler)
     if args.train_timesteps is not None and args.train_timesteps > stochastic_steps:
-        raise ValueError(
+        raise UserError(
             f"--train_timesteps {args.train_timesteps}: a schedule of {stochastic_steps + 1} steps has"
             f" {stochastic_steps} to train on (the last adds no noise): pass at most {stochastic_steps}"
         )
-    return prompts, reward_specs, training.checkpoint_to_resume(args)
+    return Plan(prompts, reward_specs, info, checkpoint_to_resume(args, info, lora_targets))
 
 
 # ---- Sample, score, pair ----
 
 
 class Pairs(NamedTuple):
-    """P pairs; `latents[:, 0]` is the target's trajectory, `latents[:, 1]` the reference's."""
+    """P pairs, all of this process; `latents[:, 0]` is the target's trajectory, `latents[:, 1]` the reference's."""
 
-    latents: Tensor  # [P, 2, N + 1, C, H, W], float32
-    prompt_embeds: Tensor  # [P, S, D]
-    pooled_prompt_embeds: Tensor  # [P, E]
+    latents: Tensor  # [P, 2, N + 1, C, h, w], float32
+    conditioning: Conditioning  # of P prompts
     step_index: Tensor  # [P, T], the steps that each pair is trained on
-    scores: Tensor  # [P, R, K], of all K samples
-    tie: Tensor  # [P], 1 for a pair to drop
 
 
-def sample_latents(
-    schedule: Schedule, denoiser: training.Denoiser, prompt_embeds: Tensor, pooled: Tensor, noise: Tensor, progress
-) -> Tensor:
-    """K trajectories [P, K, N + 1, C, H, W] of each of P prompts, in one batch, from noise [P * K, N + 1, C, H, W]."""
-    num_samples = len(noise) // len(prompt_embeds)
-    denoise = denoiser(prompt_embeds.repeat_interleave(num_samples, 0), pooled.repeat_interleave(num_samples, 0))
-    return sample_trajectory(schedule, denoise, noise, progress).unflatten(0, (len(prompt_embeds), num_samples))
+def draw_step_index(keys: list[tuple[int, ...]], *, num_steps: int, num_trained: int) -> Tensor:
+    """`num_trained` different stochastic steps [P, T] for each key, ascending; the last step, N - 1, has no noise."""
+    return keyed_noise(keys, (num_steps - 1,)).argsort(dim=1)[:, :num_trained].sort(dim=1).values
 
 
-def score_samples(score: Callable, decode: Callable, latents: Tensor, prompts: list[str]) -> Tensor:
-    """Scores [R, P, K] of the images that the trajectories [P, K, N + 1, C, H, W] of P prompts end in."""
-    images = decode(latents[:, :, -1].flatten(0, 1))
-    scores = score(images, [prompt for prompt in prompts for _ in range(latents.shape[1])])
+def score_samples(family: Family, rewards: Rewards, latents: Tensor, prompts: list[str]) -> Tensor:
+    """Scores [R, P, K] of the images that the trajectories [P, K, N + 1, C, h, w] of P prompts end in."""
+    images = family.decode_latents(latents[:, :, -1].flatten(0, 1))
+    scores = rewards(images, [prompt for prompt in prompts for _ in range(latents.shape[1])])
     return scores.unflatten(1, latents.shape[:2])
-
-
-def choose_pairs(
-    latents: Tensor, prompt_embeds: Tensor, pooled: Tensor, step_index: Tensor, scores: Tensor, weights: Tensor, rule
-) -> Pairs:
-    """Keeps a pair of each prompt's trajectories [P, K, N + 1, C, H, W], by their scores [R, P, K]."""
-    selection = select_pairs(scores, weights, rule)
-    prompt = torch.arange(len(latents))
-    both = torch.stack([latents[prompt, selection.target], latents[prompt, selection.reference]], dim=1)
-    pairs = Pairs(both, prompt_embeds, pooled, step_index, scores.transpose(0, 1).contiguous(), selection.tie.long())
-    return Pairs(*(tensor.to(latents.device) for tensor in pairs))
-
-
-def draw_step_index(seed: int, epoch: int, slots: range, num_steps: int, num_trained: int) -> Tensor:
-    """`num_trained` different stochastic steps [P, T] for each slot, ascending; the last step, N - 1, has no noise."""
-    draws = keyed_noise([(seed, epoch, slot) for slot in slots], (num_steps - 1,))
-    return draws.argsort(dim=1)[:, :num_trained].sort(dim=1).values
 
 
 def score_metrics(names: list[str], weights: Tensor, scores: Tensor) -> dict[str, float]:
@@ -168,144 +150,92 @@ def score_metrics(names: list[str], weights: Tensor, scores: Tensor) -> dict[str
 
 # ---- Update ----
 
-UPDATE_METRICS = [
-    "loss",
-    "pair_accuracy",
-    "target_log_ratio",
-    "reference_log_ratio",
-    "target_clipped_low",
-    "target_clipped_high",
-    "reference_clipped_low",
-    "reference_clipped_high",
-]
+
+class Minibatch(NamedTuple):
+    """The pairs of an optimizer step."""
+
+    index: Tensor  # [b], which of this process's pairs; b may be 0
+    count: int  # pairs on all processes
 
 
-def pair_log_probs(schedule: Schedule, denoiser: training.Denoiser, pairs: Pairs, index: Tensor, column: int) -> Tensor:
+def draw_minibatches(
+    seed: int, epoch: int, inner_epoch: int, num_pairs: list[int], *, rank: int, per_rank: int
+) -> Iterator[Minibatch]:
+    """An inner epoch's minibatches: a permutation of the pairs of each process, of which there are `num_pairs` by rank,
+    cut after every `per_rank`. The last ones may be smaller, and nothing carries over."""
+    order = keyed_permutation((seed, epoch, -1 - inner_epoch), num_pairs[rank])
+    for start in range(0, max(num_pairs), per_rank):
+        count = sum(min(max(total - start, 0), per_rank) for total in num_pairs)
+        yield Minibatch(order[start : start + per_rank], count)
+
+
+def microbatches(minibatch: Minibatch, batch_size: int) -> list[Tensor]:
+    """The pairs [b] of each call of the model; none where this process has no pairs."""
+    return [index for index in minibatch.index.split(batch_size) if len(index)]
+
+
+def pair_log_probs(family: Family, schedule: Schedule, pairs: Pairs, index: Tensor, column: int) -> Tensor:
     """Log-probabilities [2, b] of the targets and references of the pairs `index` [b], each at step_index[:, column].
 
-    One UNet call: the b targets and the b references are one batch of 2b.
+    One call of the model: the b targets and the b references are one batch of 2b.
     """
-    latents = pairs.latents[index].transpose(0, 1).flatten(0, 1)  # [2b, N + 1, C, H, W]
-    step_index, row = pairs.step_index[index, column].repeat(2), torch.arange(len(latents), device=latents.device)
-    sample, next_sample = latents[row, step_index], latents[row, step_index + 1]
-    denoise = denoiser(pairs.prompt_embeds[index].repeat(2, 1, 1), pairs.pooled_prompt_embeds[index].repeat(2, 1))
-    model_output = denoise(scale_model_input(schedule, sample, step_index), schedule.timesteps[step_index])
-    mean, std, _ = transition(schedule, model_output, sample, step_index)
-    return gaussian_log_prob(next_sample, mean, std).view(2, -1)
-
-
-def groups_of_pairs(seed: int, epoch: int, num_inner_epochs: int, num_pairs: int, group_size: int) -> list[Tensor]:
-    """The pairs of each optimizer step: for every inner epoch a permutation, cut into groups of `group_size`.
-
-    An inner epoch's last group may be smaller. Nothing carries over.
-    """
-    keys = [(seed, epoch, -1 - inner_epoch) for inner_epoch in range(num_inner_epochs)]  # slots have keys from 0 on
-    orders = keyed_noise(keys, (num_pairs,)).argsort(dim=1)
-    return [group for order in orders for group in order.split(group_size) if len(group)]
-
-
-def micro_batches(group: Tensor, accelerator: Accelerator, batch_size: int) -> list[Tensor]:
-    """This process's contiguous share of a group, in batches; none where there are fewer pairs than processes."""
-    share = torch.tensor_split(group, accelerator.num_processes)[accelerator.process_index]
-    return [batch for batch in share.split(batch_size) if len(batch)]
-
-
-@torch.no_grad()
-def reference_log_probs(
-    accelerator: Accelerator, unet, log_probs: Callable, pairs: Pairs, groups: list[Tensor], batch_size: int
-) -> Tensor:
-    """Log-probabilities [2, P, T] of the P pairs at their T trained steps under the reference model (LoRA off).
-
-    They don't change while the LoRA is trained, so one pass serves all inner epochs. Its batches are `groups`', the
-    first inner epoch's: the same rounding on both sides keeps a new LoRA's ratios at exactly 1.
-    """
-    results = torch.zeros(2, *pairs.step_index.shape, device=accelerator.device)
-    if not groups:
-        return results
-    with lora_disabled(unet):
-        for group in groups:
-            for index in micro_batches(group, accelerator, batch_size):
-                for column in range(pairs.step_index.shape[1]):
-                    results[:, index, column] = log_probs(pairs, index, column)
-    return accelerator.reduce(results, "sum")  # each pair is one process's, and zero on the others
-
-
-def accumulate_gradients(
-    accelerator: Accelerator,
-    parameters: list[Tensor],
-    log_probs: Callable,
-    pairs: Pairs,
-    reference_log_prob: Tensor,
-    group: Tensor,
-    args,
-) -> dict[str, float]:
-    """Leaves in the parameters the gradient of the mean loss of a group's pairs, on all processes, and trained steps.
-
-    There is no DistributedDataParallel: ties and clipped pairs give the processes unlike numbers of backward passes,
-    and its hooks wait for each other in every one. Instead each process adds up its own, be they none, weighted by the
-    whole group's count, and `reduce_gradients` sums them in one call per optimizer step, in which every process takes
-    part. So a backward pass can be skipped anywhere, and nothing can hang.
-    """
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)  # not None: a process without pairs steps like the others
-    num_columns = pairs.step_index.shape[1]
-    count = len(group) * num_columns
-    sums = torch.zeros(len(UPDATE_METRICS), device=accelerator.device)
-    for index in micro_batches(group, accelerator, args.train_batch_size):
-        for column in range(num_columns):
-            log_ratio = log_probs(pairs, index, column) - reference_log_prob[:, index, column]
-            loss, pair_accuracy, *clipped, has_gradient = online_pso_loss(*log_ratio, args.beta, args.clip_range)
-            if has_gradient.any():
-                accelerator.backward(loss.sum() / count)
-            sums += torch.stack([value.detach().sum() for value in (loss, pair_accuracy, *log_ratio, *clipped)])
-    sums = training.reduce_gradients(accelerator, parameters, sums)
-    return dict(zip(UPDATE_METRICS, (sums / count).tolist()))
+    latents = pairs.latents[index].transpose(0, 1).flatten(0, 1)  # [2b, N + 1, C, h, w]
+    step_index = pairs.step_index[index, column].repeat(2)
+    at = step_index[:, None, None, None, None]
+    sample, next_sample = (torch.take_along_dim(latents, at + n, dim=1).squeeze(1) for n in (0, 1))
+    steps = schedule.at(step_index)
+    conditioning = pairs.conditioning.rows(index).repeat(2)
+    model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, conditioning)
+    return log_prob(steps, model_output, sample, next_sample).view(2, -1)
 
 
 # ---- The run ----
 
 
 def run(args):
-    prompts, reward_specs, checkpoint = check_arguments(args)
-    accelerator = training.make_accelerator(args)
+    prompts, reward_specs, info, checkpoint = check_arguments(args)
+    accelerator = make_accelerator(args)
     logger.setLevel("INFO")
-    repo_id = training.create_hub_repository(accelerator, args)
+    repo_id = hub.create_hub_repository(accelerator, args)
 
-    # The models, as functions of tensors
-    pipeline, parameters = training.load_models(args, accelerator)
-    functions = training.make_functions(args, accelerator, pipeline)
-    embed, denoiser, decode, _, guidance_scale = functions
-    home = "cpu" if args.offload else accelerator.device
-    rewards = load_rewards(reward_specs, home, args.cache_dir, args.reward_batch_size)
-    score = training.offloaded(rewards, accelerator.device, args.offload)
-    schedule = training.training_schedule(args, pipeline.scheduler, accelerator.device)
+    # The models
+    family = models.load_family(args, accelerator, info)
+    parameters = models.add_trained_lora(args, accelerator, family)
+    embed = PromptCache(family)
+    rewards = models.load_run_rewards(args, accelerator, reward_specs)
+    schedule = models.training_schedule(
+        args, family, family.pipeline.scheduler, stochastic=True, device=accelerator.device
+    )
+    deployment = models.deployment(args, family, family.pipeline.scheduler)
     num_trained = args.train_timesteps or schedule.num_steps - 1
-    noise_shape = (schedule.num_steps + 1, *latent_shape(pipeline, args.resolution))
-    log_probs = partial(pair_log_probs, schedule, denoiser)
+    size = (args.resolution, args.resolution)
+    noise_shape = (schedule.num_steps + 1, *family.latent_shape(*size))
 
-    # Sizes: prompts of an epoch on one process and on all, pairs of an optimizer step
-    share_size = args.sample_batch_size * args.sample_batches_per_epoch
-    epoch_size = share_size * accelerator.num_processes
-    group_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    epoch_steps = math.ceil(epoch_size / group_size) * args.num_inner_epochs
+    # Sizes: prompts of an epoch on one process and on all, pairs of an optimizer step on one process
+    prompts_per_rank = args.sample_batch_size * args.sample_batches_per_epoch
+    epoch_size = prompts_per_rank * accelerator.num_processes
+    pairs_per_rank = args.train_batch_size * args.gradient_accumulation_steps
+    epoch_steps = math.ceil(prompts_per_rank / pairs_per_rank) * args.num_inner_epochs
     max_train_steps = args.max_train_steps or args.num_train_epochs * epoch_steps
     max_epochs = args.num_train_epochs if args.max_train_steps is None else math.inf
 
-    optimizer, lr_scheduler = training.make_optimizer(args, accelerator, parameters, max_train_steps)
-    state = training.TrainingState()
-    accelerator.register_for_checkpointing(state)
-    if checkpoint is not None:
-        logger.info(f"resuming from {checkpoint}")
-        accelerator.load_state(str(checkpoint))
-    training.initialize_grad_scaler(accelerator)
-    log = training.start_logs(accelerator, args, "pso_online", state.global_step, resumed=checkpoint is not None)
-    settings = {**training.deployment_settings(args, pipeline.scheduler), "guidance_scale": guidance_scale}
-    validation_prompts = args.validation_prompts or list(dict.fromkeys(prompts))[:4]
-    images_at_once = args.sample_batch_size * args.samples_per_prompt
-    validate = validation.Validation(
-        args, accelerator, pipeline, validation_prompts, settings, images_at_once, embed, decode, score, rewards, log
+    optimizer, lr_scheduler = make_optimizer(args, accelerator, parameters, max_train_steps)
+    state = TrainingState()
+    resume(accelerator, state, checkpoint)
+    is_resumed = checkpoint is not None
+    log = start_logs(accelerator, args, "pso_online", global_step=state.global_step, resumed=is_resumed)
+    validate = Validation(
+        args,
+        accelerator,
+        family,
+        embed,
+        prompts=args.validation_prompts or list(dict.fromkeys(prompts))[:4],
+        deployment=deployment,
+        batch_size=args.sample_batch_size * args.samples_per_prompt,
+        rewards=rewards,
+        log=log,
     )
-    if checkpoint is None:
+    if not is_resumed:
         validate(state)
 
     logger.info(
@@ -316,54 +246,99 @@ def run(args):
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
     while state.epoch < max_epochs and state.global_step < max_train_steps:
         first_step, start_time = state.global_step, time.perf_counter()
-        slot_prompts = epoch_prompts(prompts, args.seed, state.epoch, epoch_size)  # a slot numbers an epoch's prompts
-        slots = range(accelerator.process_index * share_size, (accelerator.process_index + 1) * share_size)
-        share_prompts = [slot_prompts[slot] for slot in slots]
-        embeds = embed(share_prompts)
+        first_index = accelerator.process_index * prompts_per_rank
+        prompt_indices = range(first_index, first_index + prompts_per_rank)  # among the epoch's, on all processes
+        drawn_prompts = epoch_prompts(prompts, seed=args.seed, epoch=state.epoch, count=epoch_size)
+        own_prompts = [drawn_prompts[prompt_index] for prompt_index in prompt_indices]
+        conditioning = family.collate(embed(own_prompts), *size)
+        batches = [slice(n, n + args.sample_batch_size) for n in range(0, prompts_per_rank, args.sample_batch_size)]
 
         # Sample
-        sampling = bar(total=args.sample_batches_per_epoch * schedule.num_steps, desc="sampling", leave=False)
-        trajectories = []
-        for start in range(0, share_size, args.sample_batch_size):
-            batch = slice(start, start + args.sample_batch_size)
-            keys = [(args.seed, state.epoch, slot, k) for slot in slots[batch] for k in range(args.samples_per_prompt)]
-            noise = keyed_noise(keys, noise_shape, accelerator.device)
-            batch_embeds = (tensor[batch] for tensor in embeds)
-            trajectories.append(sample_latents(schedule, denoiser, *batch_embeds, noise, sampling.update))
+        sampling = bar(total=len(batches) * schedule.num_steps, desc="sampling", leave=False)
+        trajectories = []  # of each batch of P prompts, [P, K, N + 1, C, h, w]
+        for batch in batches:
+            samples = [(prompt, k) for prompt in prompt_indices[batch] for k in range(args.samples_per_prompt)]
+            noise = keyed_noise([(args.seed, state.epoch, *sample) for sample in samples], noise_shape)
+            repeated = conditioning.rows(batch).repeat_interleave(args.samples_per_prompt)
+            denoise = partial(family.predict, conditioning=repeated)
+            latents = sample_trajectory(schedule, denoise, noise, sampling.update)
+            trajectories.append(latents.unflatten(0, (-1, args.samples_per_prompt)))
         sampling.close()
-        latents = torch.cat(trajectories)
 
-        # Score, all batches at once: with --offload, VAE and rewards move once an epoch
-        scores = score_samples(score, decode, latents, share_prompts)
+        # Score, and keep a pair of each prompt: the rest of its samples is not needed any more
+        kept, rows, scores = [], [], []
+        with family.parts_loaded(), rewards.loaded():
+            for batch, latents in zip(batches, trajectories):
+                scores.append(score_samples(family, rewards, latents, own_prompts[batch]))  # [R, P, K]
+                selection = select_pairs(scores[-1], rewards.weights, args.reward_combination)
+                row = (~selection.tie).nonzero().flatten()
+                targets, references = latents[row, selection.target[row]], latents[row, selection.reference[row]]
+                kept.append(torch.stack([targets, references], dim=1))
+                rows.append(row + batch.start)
+        del trajectories, latents
 
         # Pair
-        step_index = draw_step_index(args.seed, state.epoch, slots, schedule.num_steps, num_trained)
-        pairs = choose_pairs(latents, *embeds, step_index, scores, rewards.weights, args.reward_combination)
-        pairs = accelerator.gather(pairs)
-        del trajectories, latents  # of the samples that are in no pair
+        rows, scores = torch.cat(rows).to(accelerator.device), torch.cat(scores, dim=1).to(accelerator.device)
+        step_index = draw_step_index(
+            [(args.seed, state.epoch, prompt_index) for prompt_index in prompt_indices],
+            num_steps=schedule.num_steps,
+            num_trained=num_trained,
+        ).to(accelerator.device)
+        pairs = Pairs(torch.cat(kept), conditioning.rows(rows), step_index[rows])
+        num_pairs = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()  # by rank
+        scores = accelerator.gather(scores.transpose(0, 1).contiguous())
         epoch_metrics = {
             "epoch": state.epoch,
-            "ties": int(pairs.tie.sum()),
+            "ties": epoch_size - sum(num_pairs),
             "tie_epochs": state.tie_epochs,
-            **score_metrics(rewards.names, rewards.weights, pairs.scores),
+            **score_metrics(rewards.names, rewards.weights, scores),
             "images_per_second": epoch_size * args.samples_per_prompt / (time.perf_counter() - start_time),
         }
-        pairs = Pairs(*(tensor[pairs.tie == 0] for tensor in pairs))
-        if training.count_tie_epochs(state, len(pairs.tie)) >= args.max_tie_epochs:
+        state.tie_epochs = 0 if sum(num_pairs) else state.tie_epochs + 1
+        if state.tie_epochs >= args.max_tie_epochs:
             if state.global_step > 0:
                 save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
-            raise training.only_ties(state.tie_epochs)
+            raise UserError(
+                f"{state.tie_epochs} epochs in a row had nothing but ties (--max_tie_epochs): the reward tells no"
+                " samples of a prompt apart; use another --reward or --reward_combination, or more --samples_per_prompt"
+            )
 
         # Update
-        groups = groups_of_pairs(args.seed, state.epoch, args.num_inner_epochs, len(pairs.tie), group_size)
-        done_early = len(groups) > max_train_steps - state.global_step
-        groups = groups[: max_train_steps - state.global_step]
-        first_pass = groups[: math.ceil(len(pairs.tie) / group_size)]
-        batch_size = args.train_batch_size
-        reference = reference_log_probs(accelerator, pipeline.unet, log_probs, pairs, first_pass, batch_size)
-        for group in groups:
-            metrics = accumulate_gradients(accelerator, parameters, log_probs, pairs, reference, group, args)
-            metrics |= training.optimizer_step(accelerator, optimizer, lr_scheduler, parameters, args.max_grad_norm)
+        minibatches = [
+            Minibatch(index.to(accelerator.device), count)
+            for inner_epoch in range(args.num_inner_epochs)
+            for index, count in draw_minibatches(
+                args.seed, state.epoch, inner_epoch, num_pairs, rank=accelerator.process_index, per_rank=pairs_per_rank
+            )
+        ]
+        is_cut_short = len(minibatches) > max_train_steps - state.global_step
+        minibatches = minibatches[: max_train_steps - state.global_step]
+
+        # The base's log-probabilities do not change while the LoRA is trained, so one pass serves all inner epochs. Its
+        # batches are those of the first one: the same rounding on both sides keeps a new LoRA's ratios at exactly 1.
+        base_log_prob = torch.zeros(2, *pairs.step_index.shape, device=accelerator.device)
+        with torch.no_grad(), family.without_lora():
+            for minibatch in minibatches[: math.ceil(max(num_pairs) / pairs_per_rank)]:
+                for index in microbatches(minibatch, args.train_batch_size):
+                    for column in range(num_trained):
+                        base_log_prob[:, index, column] = pair_log_probs(family, schedule, pairs, index, column)
+
+        for minibatch in minibatches:
+            zero_gradients(parameters)
+            sums = dict.fromkeys(ONLINE_METRICS, torch.zeros((), device=accelerator.device))
+            count = minibatch.count * num_trained
+            for index in microbatches(minibatch, args.train_batch_size):
+                for column in range(num_trained):
+                    policy_log_prob = pair_log_probs(family, schedule, pairs, index, column)
+                    log_ratio = policy_log_prob - base_log_prob[:, index, column]
+                    loss, metrics = online_pso_loss(*log_ratio, beta=args.beta, clip_range=args.clip_range)
+                    accelerator.backward(loss.sum() / count)
+                    sums = {name: total + metrics[name].sum() for name, total in sums.items()}
+            sums = reduce_gradients(accelerator, parameters, sums)
+            metrics = {name: total / count for name, total in sums.items()}
+            metrics |= optimizer_step(
+                accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm
+            )
             state.global_step += 1
             log(state.global_step, metrics | epoch_metrics)  # the epoch's own go with its first optimizer step
             epoch_metrics = {}
@@ -372,32 +347,28 @@ def run(args):
         state.epoch += 1
 
         # The state is complete between two epochs, so this is where a checkpoint can be taken
-        if training.passed_multiple(args.validation_steps, first_step, state.global_step):
+        if state.global_step // args.validation_steps > first_step // args.validation_steps:
             validate(state)
-        if training.passed_multiple(args.checkpointing_steps, first_step, state.global_step) and not done_early:
+        if state.global_step // args.checkpointing_steps > first_step // args.checkpointing_steps and not is_cut_short:
             save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
     updates.close()
 
-    # Saved before anything is drawn with it, so that a failure there loses nothing
-    if accelerator.is_main_process:
-        save_lora(pipeline.unet, args.output_dir, args.output_kohya_format)
+    save_lora(args, accelerator, family)
     validate(state)
-    images = validate.save_before_and_after(state)
-    if accelerator.is_main_process:
-        facts = ["reward_combination", "beta", "clip_range", "samples_per_prompt", "learning_rate", "rank", "seed"]
-        facts = {name: getattr(args, name) for name in facts}
-        facts = {"method": "online PSO", "reward": ", ".join(args.reward), "optimizer steps": state.global_step} | facts
-        prompt = validate.prompts[0]
-        training.write_model_card(args, pipeline.scheduler, settings, prompt, images, repo_id, facts)
-        if repo_id is not None:
-            training.push_folder(repo_id, args)
-        logger.info(f"the LoRA and its model card are in {args.output_dir}")
-    accelerator.end_training()
+    names = ["reward_combination", "beta", "clip_range", "samples_per_prompt", "learning_rate", "rank", "seed"]
+    settings = {
+        "method": "online PSO",
+        "reward": ", ".join(args.reward),
+        "optimizer steps": state.global_step,
+        "trained timesteps": schedule.timesteps.tolist(),
+        **{name: getattr(args, name) for name in names},
+    }
+    save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with training.one_line_errors(__file__):
+    with one_line_errors(__file__):
         run(args)
 
 

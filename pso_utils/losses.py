@@ -1,44 +1,42 @@
-"""The PSO losses as pure functions: online of log-ratios, offline of denoising errors."""
+"""The PSO losses as pure functions: online of log-ratios, offline of denoising errors.
+
+Each returns the loss of every pair [B], differentiable and not reduced, and its diagnostics by name, [B] each, float32
+and without gradient.
+"""
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-# An offline pair is reported as saturated where the sigmoid leaves less than this share of the gradient.
+# An offline pair is reported as saturated where the sigmoid leaves less than this fraction of the gradient.
 SATURATION = 0.1
 
+Metrics = dict[str, Tensor]
 
-class OnlinePSOLoss(NamedTuple):
-    """Loss of each pair and its diagnostics. All are `[B]` and, but for `has_gradient`, float32.
-
-    Attributes:
-        loss: differentiable, not reduced.
-        pair_accuracy: 1 where the target's log-ratio is the larger, 0 where the reference's is, 0.5 where they are
-            equal (as before the first update). Log-ratios before the clamp.
-        target_clipped_low, target_clipped_high, reference_clipped_low, reference_clipped_high: 1 where the clamp
-            changed the ratio, and so stopped that sample's gradient.
-        has_gradient: bool, `False` exactly where both samples are clipped: such a pair needs no backward pass.
-    """
-
-    loss: Tensor
-    pair_accuracy: Tensor
-    target_clipped_low: Tensor
-    target_clipped_high: Tensor
-    reference_clipped_low: Tensor
-    reference_clipped_high: Tensor
-    has_gradient: Tensor
+# The names of each loss's metrics, for a process that has no pairs of its own and adds zeros.
+ONLINE_METRICS = (
+    "loss",
+    "pair_accuracy",
+    "target_log_ratio",
+    "reference_log_ratio",
+    "target_clipped_low",
+    "target_clipped_high",
+    "reference_clipped_low",
+    "reference_clipped_high",
+)
+OFFLINE_METRICS = ("loss", "target_gain", "reference_gain", "pair_accuracy", "saturated", "anchored")
+HINGE_METRICS = ("loss", "target_error", "reference_error", "pair_accuracy", "active")
 
 
 def online_pso_loss(
-    target_log_ratio: Tensor, reference_log_ratio: Tensor, beta: float, clip_range: float
-) -> OnlinePSOLoss:
+    target_log_ratio: Tensor, reference_log_ratio: Tensor, *, beta: float, clip_range: float
+) -> tuple[Tensor, Metrics]:
     r"""Online PSO loss of one transition of each pair, in float32 whatever the inputs' dtype.
 
-        r      = log p_theta(x_{n-1} | x_n, c) - log p_ref(x_{n-1} | x_n, c)
+        r      = log p_theta(x_{n-1} | x_n, c) - log p_base(x_{n-1} | x_n, c)
         r_clip = log clamp(exp(r), 1 - clip_range, 1 + clip_range)
         loss   = -log sigmoid(beta * (r_clip(target) - r_clip(reference)))
 
@@ -50,6 +48,12 @@ def online_pso_loss(
         reference_log_ratio: `[B]`, r of the samples that they were preferred to.
         beta: strength of the preference, in units of 1 / log-ratio; the larger, the sooner a pair saturates.
         clip_range: half-width of the interval of ratios that have a gradient, between 0 and 1.
+
+    Returns:
+        the loss, and `loss`; `pair_accuracy`, 1 where the target's log-ratio is the larger, 0 where the reference's is,
+        0.5 where they are equal (as before the first update), before the clamp; `target_log_ratio` and
+        `reference_log_ratio`; `{target,reference}_clipped_{low,high}`, 1 where the clamp changed the ratio, and so
+        stopped that sample's gradient.
 
     Raises:
         ValueError: the log-ratios are not two vectors of one length, or `beta` or `clip_range` is out of range.
@@ -64,22 +68,17 @@ def online_pso_loss(
     low, high = math.log1p(-clip_range), math.log1p(clip_range)
     target_clipped, reference_clipped = target_log_ratio.clamp(low, high), reference_log_ratio.clamp(low, high)
     loss = -F.logsigmoid(beta * (target_clipped - reference_clipped))
-
     with torch.no_grad():
-        target_low, target_high = target_log_ratio < target_clipped, target_log_ratio > target_clipped
-        reference_low, reference_high = (
-            reference_log_ratio < reference_clipped,
-            reference_log_ratio > reference_clipped,
-        )
-        return OnlinePSOLoss(
-            loss=loss,
-            pair_accuracy=(1 + torch.sign(target_log_ratio - reference_log_ratio)) / 2,
-            target_clipped_low=target_low.float(),
-            target_clipped_high=target_high.float(),
-            reference_clipped_low=reference_low.float(),
-            reference_clipped_high=reference_high.float(),
-            has_gradient=~((target_low | target_high) & (reference_low | reference_high)),
-        )
+        return loss, {
+            "loss": loss.detach(),
+            "pair_accuracy": (1 + torch.sign(target_log_ratio - reference_log_ratio)) / 2,
+            "target_log_ratio": target_log_ratio.detach(),
+            "reference_log_ratio": reference_log_ratio.detach(),
+            "target_clipped_low": (target_log_ratio < target_clipped).float(),
+            "target_clipped_high": (target_log_ratio > target_clipped).float(),
+            "reference_clipped_low": (reference_log_ratio < reference_clipped).float(),
+            "reference_clipped_high": (reference_log_ratio > reference_clipped).float(),
+        }
 
 
 def denoising_error(original_sample: Tensor, pred_original_sample: Tensor, weight: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def denoising_error(original_sample: Tensor, pred_original_sample: Tensor, weigh
 
     Args:
         original_sample, pred_original_sample: `[B, ...]`, the clean latents x0 and the predicted ones f.
-        weight: `[B]`, w(t), as from `mdp.forward_weight`.
+        weight: `[B]`, w(t), as from `mdp.forward_weights`.
 
     Raises:
         ValueError: the latents differ in shape or have no dimension but B, or `weight` is not `[B]`.
@@ -103,34 +102,17 @@ def denoising_error(original_sample: Tensor, pred_original_sample: Tensor, weigh
     return weight.float() * squared_error.flatten(1).mean(1)
 
 
-class OfflinePSOLoss(NamedTuple):
-    """Loss of each pair and its diagnostics; all `[B]`, float32.
-
-    Attributes:
-        loss: differentiable, not reduced.
-        pair_accuracy: 1 where the target gained more, 0 where the reference did, 0.5 where they are equal (as before
-            the first update).
-        saturated: 1 where sigmoid(-margin), the factor that the sigmoid loss leaves of the gradient, is below
-            `SATURATION`.
-        anchored: 1 where the target anchor is active: its weight is above 0 and the target's error has grown.
-    """
-
-    loss: Tensor
-    pair_accuracy: Tensor
-    saturated: Tensor
-    anchored: Tensor
-
-
 def offline_pso_loss(
     target_gain: Tensor,
     reference_gain: Tensor,
+    *,
     beta: float,
     target_anchor: float = 0.0,
     reference_weight: float = 1.0,
-) -> OfflinePSOLoss:
+) -> tuple[Tensor, Metrics]:
     r"""Offline PSO loss of one noise level of each pair, in float32 whatever the inputs' dtype.
 
-        gain = d_ref(x0) - d_theta(x0)
+        gain = d_base(x0) - d_theta(x0)
         margin = beta * (gain(target) - reference_weight * gain(reference))
         loss = -log sigmoid(margin) + target_anchor * relu(-gain(target))
 
@@ -138,13 +120,19 @@ def offline_pso_loss(
     own. The target anchor keeps the target's own error from growing while the difference of the gains does.
 
     Args:
-        target_gain: `[B]`, by how much the model's error on the preferred samples is below the reference model's.
+        target_gain: `[B]`, by how much the model's error on the preferred samples is below the base's.
         reference_gain: `[B]`, the same of the samples that they were preferred to.
         beta: strength of the preference, in units of 1 / error; the larger, the sooner a pair saturates.
         target_anchor: weight of the anchor, in the same units; 0 is none, beta / 2 a strong one.
-        reference_weight: the reference's share in the difference; 1 is PSO. Less attracts more than it repels, which
+        reference_weight: the reference's weight in the difference; 1 is PSO. Less attracts more than it repels, which
             stays on the data where targets and references are easy to tell apart: a target's error can fall to 0 and
             no further, while a reference's can grow without end, in any direction.
+
+    Returns:
+        the loss, and `loss`; `target_gain` and `reference_gain`; `pair_accuracy`, 1 where the target gained more, 0
+        where the reference did, 0.5 where they are equal (as before the first update); `saturated`, 1 where
+        sigmoid(-margin), the factor that the sigmoid leaves of the gradient, is below `SATURATION`; `anchored`, 1 where
+        the target anchor is active: its weight is above 0 and the target's error has grown.
 
     Raises:
         ValueError: the gains are not two vectors of one length, `beta` is not a positive number, or a weight is
@@ -157,32 +145,25 @@ def offline_pso_loss(
     margin = beta * (target_gain - reference_weight * reference_gain)
     loss = -F.logsigmoid(margin) + target_anchor * F.relu(-target_gain)
     with torch.no_grad():
-        return OfflinePSOLoss(
-            loss=loss,
-            pair_accuracy=(1 + torch.sign(target_gain - reference_gain)) / 2,
-            saturated=(torch.sigmoid(-margin) < SATURATION).float(),
-            anchored=(target_anchor * target_gain < 0).float(),
-        )
-
-
-class HingePSOLoss(NamedTuple):
-    """Loss of each pair and its diagnostics; all `[B]`, float32.
-
-    Attributes:
-        loss: differentiable, not reduced.
-        pair_accuracy: 1 where the target's error is the smaller, 0 where the reference's is, 0.5 where they are equal.
-        active: 1 where the hinge is above 0, and so has a gradient.
-    """
-
-    loss: Tensor
-    pair_accuracy: Tensor
-    active: Tensor
+        return loss, {
+            "loss": loss.detach(),
+            "target_gain": target_gain.detach(),
+            "reference_gain": reference_gain.detach(),
+            "pair_accuracy": (1 + torch.sign(target_gain - reference_gain)) / 2,
+            "saturated": (torch.sigmoid(-margin) < SATURATION).float(),
+            "anchored": (target_anchor * target_gain < 0).float(),
+        }
 
 
 def hinge_pso_loss(
-    target_error: Tensor, reference_error: Tensor, beta: float, reference_weight: float, prior_loss_weight: float
-) -> HingePSOLoss:
-    r"""The reference-free hinge of concept customization, in float32 whatever the inputs' dtype.
+    target_error: Tensor,
+    reference_error: Tensor,
+    *,
+    beta: float,
+    reference_weight: float,
+    prior_loss_weight: float,
+) -> tuple[Tensor, Metrics]:
+    r"""The base-free hinge of concept customization, in float32 whatever the inputs' dtype.
 
         loss = relu(1 - beta * (reference_weight * d(reference) - d(target))) + prior_loss_weight * d(reference)
 
@@ -193,8 +174,13 @@ def hinge_pso_loss(
         target_error: `[B]`, d_theta of the target samples.
         reference_error: `[B]`, d_theta of the reference samples.
         beta: strength of the hinge, in units of 1 / error.
-        reference_weight: the reference's share in the hinge.
+        reference_weight: the reference's weight in the hinge.
         prior_loss_weight: weight of the regression onto the reference samples, in units of 1 / error.
+
+    Returns:
+        the loss, and `loss`; `target_error` and `reference_error`; `pair_accuracy`, 1 where the target's error is the
+        smaller, 0 where the reference's is, 0.5 where they are equal; `active`, 1 where the hinge is above 0, and so
+        has a gradient.
 
     Raises:
         ValueError: the errors are not two vectors of one length, `beta` is not a positive number, or a weight is
@@ -207,11 +193,13 @@ def hinge_pso_loss(
     hinge = F.relu(1 - beta * (reference_weight * reference_error - target_error))
     loss = hinge + prior_loss_weight * reference_error
     with torch.no_grad():
-        return HingePSOLoss(
-            loss=loss,
-            pair_accuracy=(1 + torch.sign(reference_error - target_error)) / 2,
-            active=(hinge > 0).float(),
-        )
+        return loss, {
+            "loss": loss.detach(),
+            "target_error": target_error.detach(),
+            "reference_error": reference_error.detach(),
+            "pair_accuracy": (1 + torch.sign(reference_error - target_error)) / 2,
+            "active": (hinge > 0).float(),
+        }
 
 
 def _check_pair(name: str, target: Tensor, reference: Tensor, beta: float):

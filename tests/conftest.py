@@ -14,8 +14,6 @@ from diffusers import AutoencoderKL, LCMScheduler, StableDiffusionXLPipeline, UN
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: E402
 
-from pso_utils import training  # noqa: E402
-
 
 CAPTIONS = ["red panda animal", "apple food", "grinning face", "sailboat vehicle", "t-shirt clothes", "cactus plant"]
 
@@ -119,19 +117,20 @@ def fresh_state():
 
 
 @pytest.fixture
-def unet_calls(monkeypatch) -> list[tuple[bool, bool, int]]:
-    """Every UNet call as (with gradient, LoRA on, batch size)."""
-    calls, load_models = [], training.load_models
+def denoiser_calls(monkeypatch) -> list[tuple[bool, bool, int]]:
+    """Every call of the trained denoiser as (with gradient, LoRA on, batch size)."""
+    from pso_utils.run import models
 
-    def load_and_count(args, accelerator):
-        pipeline, parameters = load_models(args, accelerator)
-        adapter = next(module for module in pipeline.unet.modules() if hasattr(module, "lora_A"))
+    calls, add_trained_lora = [], models.add_trained_lora
+
+    def add_and_count(args, accelerator, family):
+        parameters = add_trained_lora(args, accelerator, family)
 
         def count(module, inputs, output):
-            calls.append((torch.is_grad_enabled(), not adapter.disable_adapters, len(inputs[0])))
+            calls.append((torch.is_grad_enabled(), not family.lora_layers[0].disable_adapters, len(inputs[0])))
 
-        pipeline.unet.register_forward_hook(count)
-        return pipeline, parameters
+        family.denoiser.register_forward_hook(count)
+        return parameters
 
-    monkeypatch.setattr(training, "load_models", load_and_count)
+    monkeypatch.setattr(models, "add_trained_lora", add_and_count)
     return calls

@@ -1,0 +1,366 @@
+"""Where the images of offline training are read from: sources of records, which are pairs of images or targets alone.
+
+`load_preference_pairs`, `load_images` and `load_instance_images` make a source; `loader.PairLoader` deals it out.
+"""
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pso_utils.data import readers
+from pso_utils.errors import UserError
+from pso_utils.keyed_rng import keyed_permutation
+
+
+logger = logging.getLogger(__name__)
+
+_ORDER = -2  # the third number in the key of an epoch's order; those of other draws are in `images`
+
+# Streamed files that are read side by side. A Parquet reader holds a row group, which may be hundreds of megabytes.
+_MAX_OPEN_SHARDS = 4
+
+
+class Record(NamedTuple):
+    """One pair, its images not yet decoded, or one target, whose `reference` is None.
+
+    `id` says where the record is in its source, in whatever order it is read: its row, counted from 0, or for a stream
+    shard-row, such as "3-17".
+    """
+
+    id: str
+    target: object
+    reference: object
+    caption: str
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns that make a record. With `label`, `target` and `reference` are only the two images' names in the
+    data set: the label says whether the first (1) or the second (0) won, or that neither did (0.5, or no label)."""
+
+    target: str
+    caption: str
+    reference: str | None = None
+    label: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.target, self.reference, self.caption, self.label) if name is not None]
+
+    def record(self, row: dict, record_id: str, source: str) -> Record | None:
+        """The record of a row, or None for a tie.
+
+        Raises:
+            UserError: the row lacks a column, or its label or caption is none.
+        """
+        where = f"{readers.describe(record_id)} of {source}"
+        missing = [name for name in self.names if name not in row]
+        if missing:
+            raise UserError(f"{where} has no column '{missing[0]}', only {sorted(row)}")
+        target, reference = row[self.target], None if self.reference is None else row[self.reference]
+        if self.label is not None:
+            index = index_of_target(row[self.label], f"{where}: '{self.label}'")
+            if index is None:
+                return None
+            if index == 1:
+                target, reference = reference, target
+        return Record(record_id, target, reference, readers.check_caption(row[self.caption], where))
+
+
+def index_of_target(label, where: str) -> int | None:
+    """Which of the two images won: 0 for label 1, 1 for label 0, None for a tie (0.5) or no label."""
+    try:
+        value = math.nan if label is None else float(label)
+    except (TypeError, ValueError):
+        value = -1.0
+    if math.isnan(value) or value == 0.5:
+        return None
+    if value not in (0.0, 1.0):
+        raise UserError(
+            f"{where} is {label!r}; a label is 1 (the first image won), 0 (the second) or 0.5 (a tie); else pass"
+            " --winner_column and --loser_column"
+        )
+    return 1 - int(value)
+
+
+class Table:
+    """Records with random access, the rows of a `datasets.Dataset`. Its items are indices.
+
+    Attributes:
+        name: for messages, the flag that it was read by.
+        has_references: whether its records are pairs.
+        folder: where the relative image paths of its rows start.
+        num_ties: ties that were left out.
+    """
+
+    def __init__(self, dataset, columns: Columns, rows: Sequence[int], *, name: str, folder: Path, num_ties: int = 0):
+        self.name, self.folder, self.num_ties = name, folder, num_ties
+        self.has_references = columns.reference is not None
+        self._dataset, self._columns, self._rows = dataset, columns, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def record(self, index: int) -> Record:
+        row = int(self._rows[index])
+        return self._columns.record(self._dataset[row], str(row), self.name)
+
+    def ids(self, indices: Sequence[int] | None = None) -> list[str]:
+        """The ids of some records, or of all."""
+        return [str(row) for row in self._rows_at(indices)]
+
+    def captions(self, indices: Sequence[int] | None = None) -> list[str]:
+        """The captions of some records, or of all, read without their images."""
+        return self._captions if indices is None else [self._captions[index] for index in indices]
+
+    @cached_property
+    def _captions(self) -> list[str]:
+        return readers.read_captions(self._dataset, self._columns.caption, self._rows, self.name)
+
+    def _rows_at(self, indices: Sequence[int] | None) -> Sequence[int]:
+        return self._rows if indices is None else [int(self._rows[index]) for index in indices]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that the records' contents depend on, as far as `datasets` knows it: the files that it was
+        made from and when they were last written, the columns, and the rows that are kept. Image files that a JSON or
+        CSV file names are not among them."""
+        # Private, but nothing public says from which files a data set was made
+        digest = hashlib.sha256(f"{self._dataset._fingerprint} {self._columns}".encode())
+        digest.update(np.asarray(self._rows, dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def order(self, *, seed: int, epoch: int) -> Iterator[int]:
+        """Every index once: the permutation of (seed, epoch)."""
+        return iter(keyed_permutation((seed, epoch, _ORDER), len(self)).tolist())
+
+
+class Stream:
+    """Records of a `datasets.IterableDataset`, whose number is not known. Its items are the records themselves.
+
+    Attributes: as for `Table`; `num_ties` counts those of the latest pass, as far as it was read.
+    """
+
+    def __init__(
+        self, dataset, columns: Columns, *, name: str, folder: Path, max_records: int | None, shuffle_buffer_size: int
+    ):
+        from datasets import IterableDataset  # imported here, as below, because it takes seconds
+
+        self.name, self.folder, self.num_ties = name, folder, 0
+        self.has_references = columns.reference is not None
+        self._dataset, self._columns, self._max_records = dataset, columns, max_records
+        # The first so many records are one shard: which they are must not depend on the order of the shards.
+        self._shards = [0] if max_records is not None else list(range(dataset.num_shards))
+        self._numbered = IterableDataset.from_generator(self._read, gen_kwargs={"shards": self._shards})
+        self._shuffle_buffer_size = shuffle_buffer_size
+
+    def _read(self, shards: list[int]) -> Iterator[dict]:
+        """The records of some shards, each numbered by shard and row before anything is shuffled."""
+        for shard in shards:
+            dataset = self._dataset
+            if self._max_records is None:
+                dataset = dataset.shard(num_shards=len(self._shards), index=shard)
+            yield from islice(self._records(shard, rows_in_order(dataset)), self._max_records)
+
+    def _records(self, shard: int, rows: Iterator[dict]) -> Iterator[dict]:
+        for row in count():
+            where, remedy = f"on after {row} rows of shard {shard} of {self.name}", "; repair or remove that file"
+            with readers.one_line_errors(where, remedy=remedy):  # a damaged file, or a connection that stays down
+                values = next(rows, None)
+            if values is None:
+                return
+            record = self._columns.record(values, f"{shard}-{row}", self.name)
+            if record is None:
+                self.num_ties += 1
+            else:
+                yield record._asdict()
+
+    def record(self, item: Record) -> Record:
+        return item
+
+    def ids(self, items: list[Record]) -> list[str]:
+        return [item.id for item in items]
+
+    def captions(self, items: list[Record]) -> list[str]:
+        return [item.caption for item in items]
+
+    def first(self, number: int) -> list[Record]:
+        """The first so many records as they are stored, without filling the shuffle buffer; raises as `order`."""
+        return list(islice(self._pass(self._read(self._shards)), number))
+
+    def order(self, *, seed: int, epoch: int) -> Iterator[Record]:
+        """Every record once: `datasets` shuffles the shards, and a buffer of records, by (seed, epoch).
+
+        Raises:
+            UserError: the stream cannot be read, or has nothing but ties.
+        """
+        generator = np.random.default_rng((seed, epoch))
+        buffers = {"buffer_size": self._shuffle_buffer_size, "max_buffer_input_shards": _MAX_OPEN_SHARDS}
+        return self._pass(self._numbered.shuffle(generator=generator, **buffers))
+
+    def _pass(self, records) -> Iterator[Record]:
+        self.num_ties, is_empty = 0, True
+        for values in records:
+            is_empty = False
+            yield Record(**values)
+        if is_empty:
+            raise only_ties(self.name, self.num_ties)
+
+
+def rows_in_order(dataset) -> Iterator[dict]:
+    """The rows of a `datasets.IterableDataset`, its Parquet files opened anew for each row group: pyarrow's scanner
+    reads ahead of a slow reader, up to a gigabyte of every open file."""
+    for index in range(dataset.num_shards):
+        yield from dataset.shard(num_shards=dataset.num_shards, index=index).reshard()
+
+
+def only_ties(name: str, num_ties: int) -> UserError:
+    return UserError(
+        f"{name} is empty after dropping {num_ties} ties: no row says which image won; pass another --dataset_split,"
+        " or --winner_column and --loser_column"
+    )
+
+
+# ---- Sources ----
+
+
+def load_preference_pairs(
+    dataset_name: str,
+    *,
+    caption_column: str = "caption",
+    winner_column: str | None = None,
+    loser_column: str | None = None,
+    image_columns: Sequence[str] = ("jpg_0", "jpg_1"),
+    label_column: str = "label_0",
+    max_train_samples: int | None = None,
+    shuffle_buffer_size: int = 1000,
+    **settings,
+) -> Table | Stream:
+    """Winner and loser images of one prompt, by default in Pick-a-Pic's schema: two images and a label that says which
+    won. With `winner_column` and `loser_column` there is no label, and no tie.
+
+    `max_train_samples` keeps the first so many pairs that are no ties. `settings` are those of `readers.open_dataset`.
+    Relative image paths start at the data set's own folder.
+
+    Raises:
+        UserError: the data set cannot be read, lacks a column, is empty, has a label that is none, or only ties.
+    """
+    if (winner_column is None) != (loser_column is None):
+        raise UserError("pass --winner_column and --loser_column together, or neither (then a label says who won)")
+    if winner_column is not None:
+        columns = Columns(winner_column, caption_column, loser_column)
+    else:
+        columns = Columns(image_columns[0], caption_column, image_columns[1], label_column)
+    dataset, folder = readers.open_dataset(dataset_name, **settings), readers.dataset_folder(dataset_name)
+    remedy = "--winner_column and --loser_column (and --caption_column)"
+    limits = {"max_records": max_train_samples, "shuffle_buffer_size": shuffle_buffer_size}
+    return make_source(dataset, columns, name=f"--dataset_name {dataset_name}", folder=folder, remedy=remedy, **limits)
+
+
+def load_images(
+    dataset_name: str | None = None,
+    *,
+    train_data_dir: str | None = None,
+    image_column: str = "image",
+    caption_column: str = "text",
+    max_train_samples: int | None = None,
+    **settings,
+) -> Table | Stream:
+    """Captioned target images, from either a data set or a folder in imagefolder layout: images, and a metadata.jsonl
+    (or .csv, .parquet) with their `file_name` and `caption_column`. `settings` are those of `readers.open_dataset`.
+
+    Raises:
+        UserError: no source or two of them, an unreadable or empty one, or one without captions.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise UserError("pass either --dataset_name NAME or --train_data_dir FOLDER, to say where the images are")
+    if dataset_name is not None:
+        name, folder = f"--dataset_name {dataset_name}", readers.dataset_folder(dataset_name)
+        dataset = readers.open_dataset(dataset_name, **settings)
+    else:
+        name, folder = f"--train_data_dir {train_data_dir}", Path(train_data_dir).expanduser()
+        dataset = readers.open_image_folder(folder, name, caption_column=caption_column, **settings)
+    columns, remedy = Columns(image_column, caption_column), "--image_column and --caption_column"
+    source = make_source(dataset, columns, name=name, folder=folder, remedy=remedy, max_records=max_train_samples)
+    if train_data_dir is not None and isinstance(source, Table):
+        num_images = len(readers.image_files(folder.rglob("*")))
+        if num_images > len(dataset):
+            logger.warning(
+                f"{name} has {num_images} images, of which only {len(dataset)} have a caption in the metadata"
+            )
+    return source
+
+
+def load_instance_images(instance_data_dir: str, *, caption: str = "") -> Table:
+    """The images of one concept: a folder's image files, sorted by name, each with the same `caption`; a `UserError` if
+    there are none."""
+    from datasets import Dataset
+
+    # Resolved, because a relative path is taken to lie in the table's folder
+    name, folder = f"--instance_data_dir {instance_data_dir}", Path(instance_data_dir).expanduser().resolve()
+    files = readers.images_of_folder(folder, name)
+    stats = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]  # for the fingerprint
+    dataset = Dataset.from_dict({"image": files, "caption": [caption] * len(files), "stat": stats})
+    return Table(dataset, Columns("image", "caption"), range(len(files)), name=name, folder=folder)
+
+
+def make_source(
+    dataset, columns: Columns, *, name: str, folder: Path, remedy: str, max_records=None, shuffle_buffer_size=1000
+) -> Table | Stream:
+    """A data set as a source, after checking what can be checked without reading an image. `name` is what errors call
+    it, `remedy` the flags that they advise where a column is missing."""
+    from datasets import Dataset
+
+    # Some streams don't say which columns there are
+    readers.check_columns(dataset.column_names or first_row(dataset, name), columns.names, name, remedy)
+    dataset = undecoded(dataset, columns)
+    first_row(dataset, name)
+    if not isinstance(dataset, Dataset):
+        limits = {"max_records": max_records, "shuffle_buffer_size": shuffle_buffer_size}
+        return Stream(dataset, columns, name=name, folder=folder, **limits)
+    rows = range(len(dataset)) if columns.label is None else decided_rows(dataset, columns.label, name)
+    num_ties = len(dataset) - len(rows)
+    if len(rows) == 0:
+        raise only_ties(name, num_ties)
+    table = Table(dataset, columns, rows[:max_records], name=name, folder=folder, num_ties=num_ties)
+    table.captions()  # a caption that is no string is an error now, not when it is trained on
+    return table
+
+
+def first_row(dataset, name: str) -> dict:
+    with readers.one_line_errors(name):
+        row = next(iter(dataset), None)
+    if row is None:
+        raise UserError(f"{name} is empty; pass one that has rows")
+    return row
+
+
+def undecoded(dataset, columns: Columns):
+    """The data set with these columns alone, its images as they are stored."""
+    import datasets
+
+    if dataset.features is None:  # of some streams; they hold no image features
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):  # those of the hub may decode in threads, before any cast
+        dataset = dataset.decode(False)
+    dataset = dataset.select_columns(list(dict.fromkeys(columns.names)))
+    for column, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset
+
+
+def decided_rows(dataset, label_column: str, name: str) -> np.ndarray:
+    """The rows that are no ties, by the label column alone."""
+    labels, where = enumerate(dataset[label_column][:]), f"{name}: '{label_column}'"
+    rows = [row for row, label in labels if index_of_target(label, f"{readers.describe(row)} of {where}") is not None]
+    return np.array(rows, dtype=np.int64)

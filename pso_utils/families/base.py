@@ -1,0 +1,313 @@
+"""The adapter between the training code and a family of pipelines.
+
+What is trained and compared goes through a `Family`: latents are [B, C, h, w] float32 everywhere outside an adapter,
+and no script or loss knows what a conditioning holds. A new family is a subclass in a file of its own, named in
+`pso_utils.families.FAMILIES`; it overrides what its pipeline does differently, and nothing else changes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import ClassVar, NamedTuple
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.training_utils import free_memory, offload_models
+from PIL import Image
+from torch import Tensor
+
+from pso_utils.errors import UserError
+from pso_utils.families import lora, vae
+
+
+class Conditioning(dict[str, Tensor]):
+    """What the denoiser takes beside latents and timesteps: tensors by name, of one prompt without a batch dimension,
+    or of a batch [B, ...]."""
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning({name: function(tensor) for name, tensor in self.items()})
+
+    def rows(self, index: Tensor | slice) -> "Conditioning":
+        """The rows `index` of a batch."""
+        return Conditioning({name: tensor[index] for name, tensor in self.items()})
+
+    def repeat(self, count: int) -> "Conditioning":
+        """The whole batch, `count` times."""
+        return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
+
+    def repeat_interleave(self, count: int) -> "Conditioning":
+        """Each row `count` times."""
+        return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+
+    def to(self, device: str | torch.device) -> "Conditioning":
+        return self._map(lambda tensor: tensor.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.values())
+
+    @staticmethod
+    def cat(batches: Sequence["Conditioning"]) -> "Conditioning":
+        return Conditioning({name: torch.cat([batch[name] for batch in batches]) for name in batches[0]})
+
+    @staticmethod
+    def stack(conditionings: Sequence["Conditioning"]) -> "Conditioning":
+        """Those of single prompts, all of one shape, as a batch."""
+        return Conditioning({name: torch.stack([row[name] for row in conditionings]) for name in conditionings[0]})
+
+
+class Deployment(NamedTuple):
+    """How images are drawn with the result: `num_inference_steps` or `timesteps`, `eta` (None where the scheduler takes
+    none), and the images' size in pixels."""
+
+    num_inference_steps: int | None
+    timesteps: Sequence[int] | None
+    eta: float | None
+    height: int
+    width: int
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the warnings of diffusers and transformers."""
+    loggings = (diffusers.utils.logging, transformers.utils.logging)
+    verbosities = [logging.get_verbosity() for logging in loggings]
+    try:
+        for logging in loggings:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        for logging, verbosity in zip(loggings, verbosities):
+            logging.set_verbosity(verbosity)
+
+
+class Family(ABC):
+    """A loaded, frozen pipeline, and what differs between families.
+
+    Args:
+        pipeline: of the class `pipeline_class`, in evaluation mode, without LoRA.
+        device: where the model runs. The denoiser is moved there by who prepares it.
+        guidance_scale: embedded guidance, an input of the model; None: the family's default.
+        offload: whether text encoders and VAE are on the CPU except where they are used.
+        vae_batch_size: images that the VAE takes at once.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+    denoiser_class: ClassVar[type[ModelMixin]]
+    denoiser_name: ClassVar[str]  # of the pipeline's part that is trained: "unet" or "transformer"
+    text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
+    card_tags: ClassVar[list[str]]  # of the hub, in the model card
+    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
+    conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        device: str | torch.device = "cpu",
+        guidance_scale: float | None = None,
+        offload: bool = False,
+        vae_batch_size: int = 4,
+    ):
+        self.pipeline = pipeline
+        self.denoiser = getattr(pipeline, self.denoiser_name)
+        self.device = torch.device(device)
+        self.guidance_scale = self.checked_guidance(self.denoiser.config, guidance_scale)
+        self.offload_text_encoders = self.offload_vae = offload
+        self.vae_batch_size = vae_batch_size
+        self.lora_layers: list = []
+        self._loaded_parts: ExitStack | None = None
+
+    # ---- What the configuration files alone tell ----
+
+    @classmethod
+    @abstractmethod
+    def checked_guidance(cls, denoiser_config: dict, guidance_scale: float | None) -> float:
+        """The embedded guidance in force.
+
+        Raises:
+            UserError: `guidance_scale` asks for classifier-free guidance, under which a sample's density is unknown.
+        """
+
+    @classmethod
+    @abstractmethod
+    def size_multiple(cls, vae_config: dict) -> int:
+        """What must divide the height and the width of the images, in pixels."""
+
+    @classmethod
+    def original_inference_steps(cls, denoiser_config: dict) -> int | None:
+        """The grid on which LCM's own models of this kind were distilled; None: all training timesteps."""
+        return None
+
+    @classmethod
+    def check_size(cls, vae_config: dict, height: int, width: int) -> None:
+        """Raises UserError unless images can have this size, in pixels."""
+        multiple = cls.size_multiple(vae_config)
+        for side in (height, width):
+            if side < multiple or side % multiple:
+                below = max(side // multiple, 1) * multiple
+                raise UserError(
+                    f"--resolution {side} is not a multiple of {multiple}: pass {below} or {below + multiple}"
+                )
+
+    # ---- Shapes and schedules ----
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of this size, in pixels."""
+
+    @classmethod
+    def schedule_arguments(cls, scheduler: SchedulerMixin, num_inference_steps: int, height: int, width: int) -> dict:
+        """What the pipeline passes to its scheduler's `set_timesteps` beside the number of steps, for images of this
+        size, in pixels: sigmas, mu."""
+        return {}
+
+    # ---- Conditioning and the model ----
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
+
+    @abstractmethod
+    def collate(
+        self,
+        conditionings: Sequence[Conditioning],
+        height: int,
+        width: int,
+        *,
+        original_sizes: Tensor | None = None,
+        crop_top_lefts: Tensor | None = None,
+    ) -> Conditioning:
+        """A batch, on `device`, of B prompts for images of this size, in pixels.
+
+        Args:
+            original_sizes: [B, 2], height and width of each training image before it was resized, in pixels, for
+                families that are conditioned on it; None: as drawn.
+            crop_top_lefts: [B, 2], where its crop starts after that.
+        """
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's output [B, C, h, w], float32, in its scheduler's convention, for scaled latents [B, C, h, w] at
+        `timesteps` [B]."""
+
+    @abstractmethod
+    def generate(self, conditioning: Conditioning, generators: list[torch.Generator], deployment: Deployment) -> Tensor:
+        """Latents [B, C, h, w], float32, that the plain pipeline draws for a batch, image i from `generators[i]`."""
+
+    def draw_latents(
+        self, conditioning: Conditioning, seeds: Sequence[int], *, deployment: Deployment, batch_size: int
+    ) -> Tensor:
+        """Latents [B, C, h, w] that `generate` draws for B prompts, `batch_size` at a time, image i from a generator on
+        the CPU, seeded by `seeds[i]`."""
+        latents = []
+        for start in range(0, len(seeds), batch_size):
+            batch = slice(start, start + batch_size)
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+            latents.append(self.generate(conditioning.rows(batch), generators, deployment))
+        return torch.cat(latents)
+
+    # ---- Images ----
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, h, w], float32, on `device`, of images [B, 3, H, W] in [-1, 1]: the inverse of
+        `decode_latents`. They are the mode of the VAE's posterior, so that an image has one latent, cached or not.
+
+        Raises:
+            UserError: a latent is not finite.
+        """
+        with self._use(self.pipeline.vae, offload=self.offload_vae):
+            return vae.encode(self.pipeline.vae, pixels, batch_size=self.vae_batch_size).to(self.device)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """The RGB images of latents [B, C, h, w], as the pipeline decodes them.
+
+        Raises:
+            UserError: an image is not finite.
+        """
+        images = []
+        with self._use(self.pipeline.vae, offload=self.offload_vae):
+            for pixels in vae.decode(self.pipeline.vae, latents, batch_size=self.vae_batch_size):
+                images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
+        return images
+
+    # ---- Where the parts are ----
+
+    @property
+    def text_encoders(self) -> list[torch.nn.Module]:
+        parts = [getattr(self.pipeline, name) for name in self.text_encoder_classes]
+        return [part for part in parts if part is not None]
+
+    def free_text_encoders(self) -> None:
+        """Gives their memory back, once all prompts are encoded."""
+        for name in self.text_encoder_classes:
+            setattr(self.pipeline, name, None)
+        free_memory()
+
+    def keep_vae_offloaded(self) -> None:
+        """From now on the VAE is on the CPU except where it is used."""
+        self.offload_vae = True
+        self.pipeline.vae.to("cpu")
+
+    @contextmanager
+    def parts_loaded(self) -> Iterator[None]:
+        """Within this, what is offloaded moves to `device` at its first use and stays there until the end."""
+        if self._loaded_parts is not None:  # within another one, which ends later
+            yield
+            return
+        with ExitStack() as stack:
+            self._loaded_parts = stack
+            try:
+                yield
+            finally:
+                self._loaded_parts = None
+
+    def _use(self, *modules: torch.nn.Module, offload: bool):
+        """A context in which `modules` are on `device`."""
+        here = self.device.type  # accelerate's `cuda` is where torch says `cuda:0`
+        if not offload or all(next(module.parameters()).device.type == here for module in modules):
+            return nullcontext()
+        moved = offload_models(*modules, device=self.device)
+        if self._loaded_parts is None:
+            return moved
+        self._loaded_parts.enter_context(moved)
+        return nullcontext()
+
+    # ---- LoRA ----
+
+    def add_lora(
+        self,
+        *,
+        rank: int,
+        lora_alpha: float | None = None,
+        target_modules: Sequence[str] | None = None,
+        seed: int | None = None,
+    ) -> list[torch.nn.Parameter]:
+        """`lora.add_lora` to the denoiser, by default at `lora_targets`; returns the parameters to train."""
+        target_modules = self.lora_targets if target_modules is None else target_modules
+        parameters = lora.add_lora(
+            self.denoiser, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed
+        )
+        self.lora_layers = lora.lora_layers(self.denoiser)
+        return parameters
+
+    def without_lora(self):
+        """A context in which the denoiser is the base, without the LoRA of `add_lora`."""
+        return lora.disabled(self.lora_layers)
+
+    def save_lora(self, folder, *, kohya: bool = False) -> None:
+        """`lora.save_lora` of the denoiser."""
+        lora.save_lora(self.pipeline_class, self.denoiser_name, self.denoiser, folder, kohya=kohya)
+
+    @classmethod
+    def read_lora(
+        cls, location: str, filename: str | None, *, denoiser_config: FrozenDict, cache_dir: str | None = None
+    ) -> dict[str, Tensor]:
+        """The matrices of a LoRA in a folder or hub repository, as `pipeline_class` reads them: each name begins with
+        that of its part of the pipeline."""
+        return cls.pipeline_class.lora_state_dict(location, weight_name=filename, cache_dir=cache_dir)

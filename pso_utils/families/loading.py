@@ -1,0 +1,285 @@
+"""From what the model flags name to a frozen pipeline; first what its configuration files alone tell."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+
+from pso_utils.errors import UserError, first_line
+from pso_utils.families import FAMILIES, Family
+from pso_utils.schedules import convert_scheduler
+from pso_utils.sources import (
+    WEIGHT_SUFFIXES,
+    check_exists,
+    fetch_file,
+    read_weights,
+    split_source,
+    weight_shapes,
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What the model flags name.
+
+    Attributes:
+        pretrained_model_name_or_path: a hub id or a diffusers folder.
+        vae: of an AutoencoderKL instead of the pipeline's.
+        distilled_denoiser: a local file, `repo:file`, or the folder or hub id of a denoiser with its own config, which
+            replaces the pipeline's.
+        distillation_lora: a file, a folder, `repo` or `repo:file`, fused into the denoiser.
+        revision, variant: of the pipeline.
+        scheduler, timestep_spacing, original_inference_steps: as `schedules.convert_scheduler` takes them.
+        cache_dir: for what is downloaded.
+    """
+
+    pretrained_model_name_or_path: str
+    vae: str | None = None
+    distilled_denoiser: str | None = None
+    distillation_lora: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+    original_inference_steps: int | None = None
+    cache_dir: str | None = None
+
+    @property
+    def files(self) -> dict:
+        """Arguments of `from_pretrained` and `load_config` for the pipeline's own parts."""
+        return {"revision": self.revision, "cache_dir": self.cache_dir}
+
+
+# ---- Configuration files ----
+
+
+class ModelInfo(NamedTuple):
+    """What the configuration files tell."""
+
+    family: type[Family]
+    denoiser_config: dict  # of the one that is trained
+    vae_config: dict
+    scheduler: SchedulerMixin  # converted as the source says
+
+
+def read_config(model_class, location: str, subfolder: str | None = None, **files) -> dict:
+    """A part's configuration; raises UserError where there is none to be read."""
+    try:
+        return model_class.load_config(location, subfolder=subfolder, **files)
+    except OSError as error:
+        part = f"{location}, {subfolder}" if subfolder else location
+        raise UserError(
+            f"{part}: no configuration can be read ({first_line(error)}); pass a whole diffusers folder, or a hub id"
+            " that can be reached from here"
+        ) from error
+
+
+def read_model_info(source: ModelSource) -> ModelInfo:
+    """Checks what the source names, as far as local files and configurations tell, before a model is loaded.
+
+    Raises:
+        UserError: a path or a configuration is missing, the pipeline is of no known family, a file has an unknown
+            extension or an unreadable header, a denoiser is not of the base's architecture, or the scheduler cannot be
+            converted as asked.
+    """
+    base = source.pretrained_model_name_or_path
+    check_exists(base, "--pretrained_model_name_or_path")
+    folder = Path(base).expanduser()
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"--pretrained_model_name_or_path: {base} has no model_index.json; pass the folder of a diffusers pipeline "
+            "(for a denoiser alone use --distilled_unet)"
+        )
+    model_index = read_config(DiffusionPipeline, base, **source.files)
+    family = FAMILIES.get(model_index.get("_class_name"))
+    if family is None:
+        raise UserError(
+            f"--pretrained_model_name_or_path: {base} is a {model_index.get('_class_name')}; pass one of "
+            f"{', '.join(FAMILIES)}"
+        )
+    base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
+    denoiser_config = _check_distilled_denoiser(source, family, base_config)
+    if source.distillation_lora is not None:
+        _check_weight_file("--distillation_lora", source.distillation_lora)
+
+    _, scheduler_name = model_index["scheduler"]
+    scheduler_class = getattr(diffusers, scheduler_name, None)
+    if scheduler_class is None:
+        raise UserError(
+            f"{base}: this diffusers has no scheduler {scheduler_name}; upgrade it, or pass another pipeline"
+        )
+    scheduler = scheduler_class.from_config(read_config(scheduler_class, base, "scheduler", **source.files))
+    scheduler = _converted(source, family, denoiser_config, scheduler)
+    return ModelInfo(family, denoiser_config, _read_vae_config(source), scheduler)
+
+
+def _read_vae_config(source: ModelSource) -> dict:
+    if source.vae is None:
+        return read_config(AutoencoderKL, source.pretrained_model_name_or_path, "vae", **source.files)
+    check_exists(source.vae, "--pretrained_vae_model_name_or_path")
+    if Path(source.vae).exists() and not Path(source.vae, "config.json").is_file():
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path: {source.vae} has no config.json; pass an AutoencoderKL's folder"
+        )
+    return read_config(AutoencoderKL, source.vae, cache_dir=source.cache_dir)
+
+
+def _converted(source: ModelSource, family: type[Family], denoiser_config: dict, scheduler: SchedulerMixin):
+    original_inference_steps = source.original_inference_steps
+    if original_inference_steps is None and source.scheduler == "lcm":
+        original_inference_steps = family.original_inference_steps(denoiser_config)
+    return convert_scheduler(
+        scheduler,
+        source.scheduler,
+        timestep_spacing=source.timestep_spacing,
+        original_inference_steps=original_inference_steps,
+    )
+
+
+def _check_weight_file(flag: str, name: str) -> Path | None:
+    """The local file that `name` is, if it is one, after checking its extension."""
+    location, filename = split_source(name)
+    check_exists(location, flag)
+    if filename is None:
+        return None
+    if not filename.endswith(WEIGHT_SUFFIXES):
+        raise UserError(f"{flag}: {name} is neither {' nor '.join(WEIGHT_SUFFIXES)}; pass one of these")
+    if not Path(location).is_dir():
+        return None
+    path = fetch_file(location, filename)
+    if filename.endswith(".safetensors"):
+        weight_shapes(path)  # for its header
+    return Path(path)
+
+
+def _check_distilled_denoiser(source: ModelSource, family: type[Family], base_config: dict) -> dict:
+    """The configuration of the denoiser that is trained."""
+    name, flag = source.distilled_denoiser, "--distilled_unet"
+    if name is None:
+        return base_config
+    location, filename = split_source(name)
+    path = _check_weight_file(flag, name)
+    if filename is not None:
+        if path is not None and path.suffix == ".safetensors":
+            _check_state_dict(name, empty_denoiser(family, base_config), weight_shapes(str(path)))
+        return base_config
+    if Path(location).is_dir() and not Path(location, "config.json").is_file():
+        raise UserError(f"{flag}: {name} has no config.json; pass a denoiser's folder or a weight file")
+    config = read_config(family.denoiser_class, location, cache_dir=source.cache_dir)
+    _check_denoiser_config(name, family, config, base_config)
+    return config
+
+
+def empty_denoiser(family: type[Family], config: dict) -> ModelMixin:
+    """A denoiser without weights and memory."""
+    with torch.device("meta"):
+        return family.denoiser_class.from_config(config)
+
+
+def _check_state_dict(name: str, denoiser: ModelMixin, found: dict[str, tuple[int, ...]]) -> None:
+    expected = {key: tuple(value.shape) for key, value in denoiser.state_dict().items()}
+    problems = [
+        (sorted(expected.keys() - found.keys()), "missing"),
+        (sorted(found.keys() - expected.keys()), "unknown"),
+        (sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key]), "of another shape"),
+    ]
+    if any(keys for keys, _ in problems):
+        listed = ", ".join(f"{len(keys)} keys {what} (first: {keys[0]})" for keys, what in problems if keys)
+        raise UserError(
+            f"{name} is not a denoiser of the base model's architecture: {listed}; pass weights in diffusers' format "
+            "made from this base model, or the folder of a denoiser with its own config.json"
+        )
+
+
+def _check_denoiser_config(name: str, family: type[Family], config: dict, base_config: dict) -> None:
+    for key in family.conditioning_keys:
+        if config.get(key) != base_config.get(key):
+            raise UserError(
+                f"{name} is not a denoiser for this base model: its {key} is {config.get(key)}, the base model's is "
+                f"{base_config.get(key)}; pass the base model that it was distilled from"
+            )
+
+
+# ---- Loading ----
+
+
+def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Loads the pipeline, frozen, in evaluation mode, on the CPU, with the parts and the scheduler that `source` names.
+
+    Denoiser and text encoders are in `weight_dtype` whatever they are stored in; the VAE too, except where its config
+    says `force_upcast`: then it is float32.
+
+    Raises:
+        UserError: a part cannot be loaded, or does not fit the base model.
+    """
+    info, parts = read_model_info(source), {}
+    vae_dtype = torch.float32 if info.vae_config.get("force_upcast", True) else weight_dtype
+    try:
+        if source.distilled_denoiser is not None:
+            parts[info.family.denoiser_name] = _load_distilled_denoiser(source, info, weight_dtype)
+        if source.vae is not None:
+            parts["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=vae_dtype, cache_dir=source.cache_dir)
+        pipeline = _explained(source, info.family.pipeline_class.from_pretrained)(
+            source.pretrained_model_name_or_path,
+            **parts,
+            variant=source.variant,
+            dtype={"default": weight_dtype, "vae": vae_dtype},
+            **source.files,
+        )
+    except OSError as error:
+        raise UserError(
+            f"a model is neither in a local folder nor to be had from the hub: {first_line(error)}"
+        ) from error
+    if source.distillation_lora is not None:
+        _fuse_distillation_lora(pipeline, info.family.denoiser_name, source)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.scheduler = info.scheduler
+    return pipeline
+
+
+def _explained(source: ModelSource, from_pretrained: Callable) -> Callable:
+    def load(base: str, **settings):
+        try:
+            return from_pretrained(base, **settings)
+        except ValueError as error:  # no files of this variant, for instance
+            hint = "drop --variant, or " if source.variant else ""
+            raise UserError(f"{base} does not load ({first_line(error)}); {hint}pass a whole pipeline") from error
+
+    return load
+
+
+def _load_distilled_denoiser(source: ModelSource, info: ModelInfo, weight_dtype: torch.dtype) -> ModelMixin:
+    location, filename = split_source(source.distilled_denoiser)
+    if filename is None:
+        denoiser_class = info.family.denoiser_class
+        return denoiser_class.from_pretrained(location, dtype=weight_dtype, cache_dir=source.cache_dir)
+    state_dict = read_weights(fetch_file(location, filename, source.cache_dir))
+    denoiser = empty_denoiser(info.family, info.denoiser_config)
+    shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
+    _check_state_dict(source.distilled_denoiser, denoiser, shapes)
+    denoiser.load_state_dict({key: value.to(weight_dtype) for key, value in state_dict.items()}, assign=True)
+    return denoiser
+
+
+def _fuse_distillation_lora(pipeline: DiffusionPipeline, part: str, source: ModelSource) -> None:
+    """Adds a LoRA to the denoiser's own weights: the policy that the trained LoRA starts from, and its base."""
+    location, filename = split_source(source.distillation_lora)
+    try:
+        pipeline.load_lora_weights(
+            location, weight_name=filename, adapter_name="distillation", cache_dir=source.cache_dir
+        )
+        if "distillation" not in getattr(getattr(pipeline, part), "peft_config", {}):
+            raise ValueError("it has no weights for this denoiser")
+        pipeline.fuse_lora(components=[part], safe_fusing=True)
+    except Exception as error:  # of the hub, the network, the file's format, the shapes: each library has its own
+        raise UserError(
+            f"--distillation_lora: {source.distillation_lora} does not load into the base model ({first_line(error)});"
+            " pass a LoRA made for this model, as a folder, a file or repo:file"
+        ) from error
+    pipeline.unload_lora_weights()

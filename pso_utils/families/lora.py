@@ -1,0 +1,153 @@
+"""The LoRA that is trained: added to a denoiser, turned off for the base, written for pipelines and Kohya's users."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pso_utils.errors import UserError, first_line
+from pso_utils.sources import read_weights
+
+
+KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
+
+
+def check_lora_targets(denoiser: ModelMixin, target_modules: Sequence[str], default: Sequence[str]) -> None:
+    """Raises UserError unless each target names a module of the denoiser, which may be empty (on the meta device)."""
+    names = [name for name, _ in denoiser.named_modules()]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(
+                f"--lora_target_modules: the model has no module {target}; use for instance {' '.join(default)}"
+            )
+
+
+def add_lora(
+    denoiser: ModelMixin,
+    *,
+    rank: int,
+    target_modules: Sequence[str],
+    lora_alpha: float | None = None,
+    seed: int | None = None,
+) -> list[torch.nn.Parameter]:
+    """Adds a float32 LoRA that starts as the identity (A gaussian, B zero) and returns its parameters.
+
+    `lora_alpha` defaults to `rank`. With a `seed` the start depends on nothing else, and the global generator is left
+    as it was.
+
+    Raises:
+        UserError: a target names no module of the denoiser, or a module that takes no LoRA.
+    """
+    check_lora_targets(denoiser, target_modules, target_modules)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank if lora_alpha is None else lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(target_modules),
+    )
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: peft makes the matrices there
+        try:
+            denoiser.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules {' '.join(target_modules)}: {first_line(error)}") from error
+    cast_training_params(denoiser, dtype=torch.float32)
+    return [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+
+
+def lora_layers(denoiser: ModelMixin) -> list[BaseTunerLayer]:
+    """The layers that have a LoRA."""
+    return [module for module in denoiser.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def disabled(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
+    """Runs the denoiser as the base, without the LoRA of its `layers`.
+
+    Sets the private attribute behind peft's read-only `disable_adapters`, and nothing else: peft's own
+    `enable_adapters` also walks all parameters, and changes which require a gradient, at every switch. `vars`, because
+    `torch.nn.Module.__setattr__` takes 1 ms for SDXL's layers.
+    """
+    for layer in layers:
+        vars(layer)["_disable_adapters"] = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer)["_disable_adapters"] = False
+
+
+def save_lora(
+    pipeline_class: type[DiffusionPipeline], part: str, denoiser: ModelMixin, folder, *, kohya: bool = False
+) -> None:
+    """Writes `pytorch_lora_weights.safetensors`, with rank and alpha in its metadata, as
+    `pipeline.load_lora_weights(folder)` reads it; `part` is the denoiser's name in the pipeline. With `kohya`, Kohya's
+    keys for ComfyUI and others in a second file, which `load_lora_weights(folder)` passes over.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    state_dict = get_peft_model_state_dict(denoiser)
+    metadata = _collate_lora_metadata({part: denoiser})  # without it a LoRA loads with alpha = rank
+    for values in metadata.values():
+        values.update({key: sorted(value) for key, value in values.items() if isinstance(value, set)})
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)  # where a file is, diffusers would log and write nothing
+        pipeline_class.save_lora_weights(folder, **{f"{part}_lora_layers": state_dict}, **metadata)
+        if kohya:
+            weights = convert_state_dict_to_kohya({f"{part}.{key}": value for key, value in state_dict.items()})
+            alpha = torch.tensor(float(denoiser.peft_config["default"].lora_alpha))  # the converter writes the rank
+            weights = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in weights.items()}
+            weights = {key: value.contiguous() for key, value in weights.items()}
+            save_file(weights, Path(folder, KOHYA_WEIGHT_NAME), metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:  # a full disk, for instance
+        raise UserError(f"the LoRA cannot be written to {folder} ({first_line(error)}); make room there") from error
+
+
+def load_lora(denoiser: ModelMixin, part: str, folder) -> None:
+    """Reads the LoRA that `save_lora` wrote to `folder` into the denoiser's own of the same rank and targets.
+
+    Raises:
+        UserError: it cannot be read, or does not fit; nothing is changed.
+    """
+    state_dict = read_weights(str(Path(folder, LORA_WEIGHT_NAME_SAFE)))
+    state_dict = {key.removeprefix(f"{part}."): value for key, value in state_dict.items()}
+    expected = {key: value.shape for key, value in get_peft_model_state_dict(denoiser).items()}
+    if {key: value.shape for key, value in state_dict.items()} != expected:
+        raise UserError(f"{folder} holds a LoRA of another model; resume with the base model that it was trained on")
+    set_peft_model_state_dict(denoiser, state_dict)
+
+
+def lora_matrices(part: str, model: torch.nn.Module, state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Layer -> its matrices "A" and "B", of `part` of the pipeline, which is `model`. `state_dict` is that of
+    `Family.read_lora`, whose names come in several spellings."""
+    own = {key.removeprefix(f"{part}."): value for key, value in state_dict.items() if key.startswith(f"{part}.")}
+    if isinstance(model, ModelMixin):
+        own = convert_unet_state_dict_to_peft(own)
+    elif own:
+        own = convert_state_dict_to_peft(convert_state_dict_to_diffusers(own))
+        if not hasattr(model, "text_model"):  # transformers 5 has one level less
+            own = {key.removeprefix("text_model."): value for key, value in own.items()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in own.items():
+        if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key):
+            layers.setdefault(match[1], {})[match[2]] = value
+    return layers

@@ -1,0 +1,97 @@
+"""Devices, processes and precision; errors that the user can mend, on one line."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, set_seed
+from tqdm.auto import tqdm
+
+from pso_utils.errors import UserError
+
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+REWARD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@contextlib.contextmanager
+def one_line_errors(script: str) -> Iterator[None]:
+    """Ends the program with `error: ...` on one line and exit code 2 for what the user can mend: a `UserError`, or the
+    accelerator out of memory. Every other exception keeps its traceback. `script` is the running program's file."""
+    try:
+        yield
+    except UserError as error:
+        _end(error, str(error))
+    except torch.OutOfMemoryError as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        ours = [
+            frame.f_code.co_name
+            for frame in frames
+            if frame.f_globals.get("__name__", "").startswith("pso_utils") or frame.f_code.co_filename == script
+        ]
+        _end(
+            error,
+            f"out of memory in {ours[-1] if ours else 'a library'}: make the batch sizes smaller, or pass"
+            " --gradient_checkpointing, --offload, --enable_vae_tiling, --mixed_precision bf16 or fp16"
+            f" ({error})",
+        )
+
+
+def _end(error: BaseException, message: str):
+    for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):  # tqdm has no public list of its open bars
+        bar.close()  # the inner ones first, so that the message has a line of its own
+    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
+
+
+def mixed_precision(args) -> str:
+    """That of --mixed_precision, else of accelerate's configuration."""
+    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def make_accelerator(args) -> Accelerator:
+    """The accelerator, with output folder, logging, seeds and TF32 set up.
+
+    Raises:
+        UserError: fp16 without a GPU, or a distributed set-up other than plain data parallel.
+    """
+    precision = mixed_precision(args)
+    if precision not in WEIGHT_DTYPES:
+        raise UserError(f"mixed precision {precision} is not supported: pass --mixed_precision no, bf16 or fp16")
+    for launcher in ["DEEPSPEED", "FSDP", "MEGATRON_LM"]:
+        if os.environ.get(f"ACCELERATE_USE_{launcher}", "false").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate is configured for {launcher}, which is not supported: run `accelerate config` and choose"
+                " one process or multi-GPU without it"
+            )
+    if precision == "fp16" and PartialState().device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: on a CPU pass --mixed_precision bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
+    )
+    distributed = accelerator.distributed_type.value
+    if distributed != "NO" and not distributed.startswith("MULTI_"):
+        raise UserError(f"accelerate's {distributed} is not supported: use one process or plain multi-GPU")
+    # accelerate would divide the loss by the accumulation steps of its own config; the scripts weigh their own losses.
+    accelerator.gradient_accumulation_steps = 1
+
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    if not accelerator.is_local_main_process:
+        for library in (transformers, diffusers):
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+    set_seed(args.seed)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator

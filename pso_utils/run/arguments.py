@@ -1,0 +1,214 @@
+"""Command-line flags that the scripts share, with the checks that need nothing but the flags.
+
+Names and meanings are those of diffusers' training examples wherever these have the flag, and so are the defaults, but
+for seven: --learning_rate (1e-5, not 1e-4), --adam_weight_decay (1e-6, not 1e-2) and --lr_warmup_steps (0, not 500)
+are the PSO release's; --rank (16, not 4) is its rank for DMD2; --train_batch_size (2 online, 4 offline, not 16), since
+a pair is two images and, with the base, four model outputs; --num_train_epochs (1 offline, not 100), since a preference
+data set has hundreds of thousands of pairs; --seed (0, not none), since a run is to be repeatable.
+"""
+
+import argparse
+import importlib.util
+import math
+import os
+from pathlib import Path
+
+from pso_utils.errors import UserError
+from pso_utils.rewards import COMBINATIONS
+from pso_utils.run.accelerator import REWARD_DTYPES
+from pso_utils.schedules import SCHEDULERS
+
+
+LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds a flag's default to its help, unless it is none: then the help itself says what happens."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line: the usage of some eighty flags would bury the message."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def bounded(kind, low, *, low_included=True, high=None, high_included=True):
+    """An argparse type: a finite number of `kind` (int or float) of at least, or above, `low` and at most, or below,
+    `high`."""
+    name = {int: "a whole number", float: "a number"}[kind]
+    limits = f"of at least {low}" if low_included else f"above {low}"
+    if high is None:
+        high, high_included = math.inf, False
+    else:
+        limits += f", at most {high}" if high_included else f", below {high}"
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        included = (value == low and low_included) or (value == high and high_included)
+        if value is None or not (low < value < high or included):
+            raise argparse.ArgumentTypeError(f"must be {name} {limits}, not {text!r}")
+        return value
+
+    return convert
+
+
+positive_int = bounded(int, 1)
+non_negative_int = bounded(int, 0)
+positive_float = bounded(float, 0, low_included=False)
+non_negative_float = bounded(float, 0)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="The pipeline: a hub id or a local diffusers folder.")
+    add("--pretrained_vae_model_name_or_path", help="VAE to use instead of the pipeline's: a hub id or a folder.")
+    add("--distilled_unet", help="Whole distilled denoiser to use instead of the pipeline's: a local file, `repo:file` "
+        "(.safetensors, or .bin read with weights_only), or a diffusers folder with its own config.")  # fmt: skip
+    add("--distillation_lora", help="Distillation LoRA to fuse before the trained LoRA is added: a local file or "
+        "`repo:file` (LCM-LoRA, Hyper-SD, TCD).")  # fmt: skip
+    add("--revision", help="Revision of the pipeline on the hub.")
+    add("--variant", help="Variant of the pipeline's files, such as fp16.")
+    add("--cache_dir", help="Folder for what is downloaded.")
+    add("--resolution", type=positive_int, default=1024, help="Height and width of the images, in pixels.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Precision of the frozen weights and the "
+        "autocast; the trained LoRA, transitions and stored latents are float32. Default: accelerate's.")  # fmt: skip
+    add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere GPUs and later.")
+    add("--gradient_checkpointing", action="store_true", help="Recompute activations: slower, in less memory.")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
+    add("--enable_vae_tiling", action="store_true", help="Decode images in tiles, for large resolutions.")
+    add("--vae_batch_size", type=positive_int, default=1, help="Images that the VAE takes at once.")
+    add("--offload", action="store_true", help="Keep text encoders, VAE and reward models off the accelerator except "
+        "where they are used.")  # fmt: skip
+
+
+def add_schedule_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument_group("schedule").add_argument
+    add("--scheduler", choices=SCHEDULERS, help="Convert the pipeline's scheduler: trailing, no clip_sample, 1000 "
+        "original steps. Default: the pipeline's own.")  # fmt: skip
+    add("--timestep_spacing", choices=["trailing", "leading", "linspace"], help="Override the scheduler's spacing.")
+    add("--original_inference_steps", type=positive_int, help="The grid of LCM and TCD that the model was distilled "
+        "on: 50 for LCM-LoRA. Default of --scheduler lcm: 50 for models with a guidance embedding (LCM's own), else "
+        "1000.")  # fmt: skip
+    add("--num_inference_steps", type=positive_int, default=4, help="Steps of the distilled schedule.")
+    add("--timesteps", type=non_negative_int, nargs="+", help="The schedule's timesteps themselves, instead of "
+        "--num_inference_steps (LCM, TCD and Euler only).")  # fmt: skip
+    add("--eta", type=non_negative_float, help="Stochasticity of DDIM (default 1.0) and TCD (default 0.3).")
+    add("--guidance_scale", type=non_negative_float, help="Guidance embedding of models that take one "
+        "(time_cond_proj_dim, such as SDXL-LCM's; default 8.0). Others are tuned without guidance (0.0).")  # fmt: skip
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("prompts")
+    add = group.add_argument
+    add("--prompts", help="Text file with one prompt a line, or .json or .jsonl with strings or captioned objects.")
+    add("--dataset_name", help="Instead of --prompts: a data set of the hub, or a local folder, file or pattern of "
+        "files.")  # fmt: skip
+    add("--caption_column", default="text", help="Field of the JSON objects or column of the data set to read.")
+    add_dataset_arguments(group, "prompts")
+
+
+def add_dataset_arguments(group, samples: str):
+    add = group.add_argument
+    add("--dataset_config_name", help="Configuration of the data set.")
+    add("--dataset_split", default="train", help="Split of the data set.")
+    add("--max_train_samples", type=positive_int, help=f"Use only the first so many {samples}.")
+    add("--dataloader_num_workers", type=non_negative_int, default=0, help="Subprocesses that prepare the data set; 0: "
+        "the main process.")  # fmt: skip
+
+
+def add_reward_arguments(group, *, required: bool, purpose: str):
+    """The flags of rewards that several programs have."""
+    add = group.add_argument
+    add("--reward", action="append", required=required, metavar="NAME[=WEIGHT]", help=f"{purpose} clip, pickscore, "
+        "aesthetic, jpeg_compressibility, jpeg_incompressibility or your own module:function; repeatable.")  # fmt: skip
+    add("--reward_model", action="append", metavar="[NAME=]MODEL", help="Hub id or local folder of a reward's model; "
+        "of aesthetic HEAD or HEAD,CLIP.")  # fmt: skip
+    add("--reward_batch_size", type=positive_int, default=8, help="Images that a reward scores at once.")
+    add("--reward_dtype", choices=REWARD_DTYPES, help="Precision of the reward models. Default: theirs.")
+
+
+def add_online_reward_arguments(group):
+    add_reward_arguments(group, required=True, purpose="What samples are scored by:")
+    group.add_argument("--reward_combination", choices=COMBINATIONS, default="sum", help="sum: by the weighted sum. "
+        "pareto: a target is at least as good in all and better in one, else the pair is a tie.")  # fmt: skip
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", type=positive_int, default=16, help="Rank of the LoRA matrices.")
+    add("--lora_alpha", type=positive_float, help="Scale of the LoRA, as alpha / rank. Default: the rank.")
+    add("--lora_target_modules", nargs="+", help="Names of the denoiser's layers that get LoRA. Default: the family's, "
+        "for SDXL to_q to_k to_v to_out.0.")  # fmt: skip
+    add("--output_kohya_format", action="store_true", help="Also save the LoRA with Kohya's keys, for ComfyUI.")
+
+
+def add_optimizer_arguments(parser: argparse.ArgumentParser):
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--learning_rate", type=non_negative_float, default=1e-5, help="Learning rate after warm-up.")
+    add("--scale_lr", action="store_true", help="Multiply it by accumulation steps, batch size and processes.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning rate schedule.")
+    add("--lr_warmup_steps", type=non_negative_int, default=0, help="Optimizer steps of warm-up, where it has one.")
+    add("--use_8bit_adam", action="store_true", help="Use bitsandbytes' AdamW8bit.")
+    add("--adam_beta1", type=bounded(float, 0, high=1, high_included=False), default=0.9, help="AdamW's beta1.")
+    add("--adam_beta2", type=bounded(float, 0, high=1, high_included=False), default=0.999, help="AdamW's beta2.")
+    add("--adam_weight_decay", type=non_negative_float, default=1e-6, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=positive_float, default=1e-8, help="AdamW's epsilon.")
+    add("--max_grad_norm", type=positive_float, default=1.0, help="Clip the gradient to this norm.")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
+    add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
+    add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every so many optimizer "
+        "steps; online at the next epoch boundary.")  # fmt: skip
+    add("--checkpoints_total_limit", type=positive_int, help="Keep only so many of the newest checkpoints. Default: "
+        "all.")  # fmt: skip
+    add("--resume_from_checkpoint", help="A checkpoint's path, or `latest` (a new run where there is none).")
+    add("--validation_prompts", nargs="+", help="Prompts of the validation images. Default: the first four training "
+        "prompts; of a concept its own and its class's.")  # fmt: skip
+    add("--num_validation_images", type=non_negative_int, default=4, help="Images per validation prompt, always from "
+        "the same noise; 0: no validation.")  # fmt: skip
+    add("--validation_steps", type=positive_int, default=100, help="Validate every so many optimizer steps "
+        "(online at the next epoch boundary), and before and after the run.")  # fmt: skip
+    add("--validation_num_inference_steps", type=positive_int, help="Steps at deployment. Default: as trained.")
+    add("--validation_timesteps", type=non_negative_int, nargs="+", help="Timesteps at deployment. Default: as "
+        "trained (none, if --validation_num_inference_steps is given).")  # fmt: skip
+    add("--validation_eta", type=non_negative_float, help="DDIM's or TCD's eta at deployment. Default: as trained.")
+    add("--report_to", choices=["tensorboard", "wandb", "none"], default="tensorboard", help="Tracker.")
+    add("--logging_dir", default="logs", help="Folder for TensorBoard's files, inside --output_dir.")
+    add("--push_to_hub", action="store_true", help="Upload the result to the hub.")
+    add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
+    add("--hub_token", help="Token for the hub. Default: the one that you are logged in with.")
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raises UserError unless `output_dir` is, or can be made, a folder that may be written to."""
+    path = Path(output_dir).absolute()
+    folder = next(folder for folder in [path, *path.parents] if folder.exists())
+    if not folder.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {folder} is a file; pass a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {folder} may not be written to; pass another folder")
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Raises UserError where a flag needs a package that is not installed."""
+    needed = {
+        "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
+        "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
+        args.report_to: (f"--report_to {args.report_to}", args.report_to != "none"),
+    }
+    for package, (flag, is_asked) in needed.items():
+        if is_asked and importlib.util.find_spec(package) is None:
+            raise UserError(f"{flag} needs {package}: run `pip install {package}`, or drop the flag")

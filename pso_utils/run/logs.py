@@ -1,0 +1,77 @@
+"""The run's metrics: output_dir/metrics.jsonl and the tracker."""
+
+import argparse
+import json
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """`output_dir/metrics.jsonl`: one line of JSON for each `append`. For the main process alone."""
+
+    def __init__(self, output_dir):
+        self.path = Path(output_dir, METRICS_NAME)
+
+    def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a line; numbers that are not finite are written as null, as JSON has no others."""
+        line = {"step": step}
+        for name, value in values.items():
+            value = value.item() if hasattr(value, "item") else value
+            line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def read(self) -> list[dict]:
+        """The lines so far; one that was cut off when the run was killed is left out."""
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+        return lines
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`, so that a resumed run logs no step twice."""
+        kept = [line for line in self.read() if line["step"] <= step]
+        partial = self.path.with_name(METRICS_NAME + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(partial, self.path)
+
+
+def start_logs(
+    accelerator: Accelerator, args: argparse.Namespace, project: str, *, global_step: int, resumed: bool
+) -> Callable[[int, dict], None]:
+    """Starts the tracker and metrics.jsonl, and returns `log(step, values)`, which writes to both.
+
+    A resumed run goes on where its checkpoint was taken: what was logged after `global_step` is dropped from
+    metrics.jsonl and from TensorBoard, and wandb goes on with the run whose id `output_dir` keeps.
+    """
+    if args.report_to != "none":
+        config = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+                  for key, value in vars(args).items() if key != "hub_token"}  # fmt: skip
+        init_kwargs = {"tensorboard": {"purge_step": global_step + 1 if resumed else 0}}
+        if args.report_to == "wandb" and accelerator.is_main_process:
+            id_file = Path(args.output_dir, "wandb_run_id.txt")
+            if not (resumed and id_file.exists()):
+                id_file.write_text(uuid.uuid4().hex[:12])
+            init_kwargs = {"wandb": {"id": id_file.read_text().strip(), "resume": "allow", "dir": args.output_dir}}
+        accelerator.init_trackers(project, config=None if resumed else config, init_kwargs=init_kwargs)
+    metrics_log = MetricsLog(args.output_dir)
+    if accelerator.is_main_process:
+        metrics_log.rewind(global_step if resumed else -1)
+
+    def log(step: int, values: dict):
+        accelerator.log(values, step=step)
+        if accelerator.is_main_process:
+            metrics_log.append(step, values)
+
+    return log

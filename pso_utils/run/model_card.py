@@ -1,0 +1,157 @@
+"""The README.md beside a trained LoRA: how to load it, and with which scheduler, steps, eta and guidance."""
+
+import argparse
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffusers import SchedulerMixin
+from diffusers.utils.hub_utils import populate_model_card
+from huggingface_hub import ModelCard, ModelCardData
+
+from pso_utils.families import Deployment, Family
+from pso_utils.families.loading import ModelSource
+from pso_utils.run.models import model_source
+from pso_utils.sources import split_source
+
+
+TAGS = ["text-to-image", "diffusers", "diffusers-training", "lora", "template:sd-lora", "pso"]
+
+
+def scheduler_code(scheduler: SchedulerMixin) -> str:
+    """The call that makes this scheduler: its class, and each config value that is not the class's default."""
+    parameters = inspect.signature(type(scheduler).__init__).parameters
+    values = {name: scheduler.config[name] for name in parameters if name in scheduler.config}
+    arguments = [f"{name}={value!r}" for name, value in values.items() if value != parameters[name].default]
+    return f"{type(scheduler).__name__}({', '.join(arguments)})"
+
+
+def usage_snippet(
+    source: ModelSource,
+    family: type[Family],
+    scheduler: SchedulerMixin,
+    deployment: Deployment,
+    *,
+    guidance_scale: float,
+    lora: str,
+    prompt: str,
+) -> str:
+    """Python that loads the base model, what was put into it before training, the scheduler of the deployment and the
+    LoRA, and draws one image (`image`, by `pipe`) as training's validation does."""
+    pipeline_class, part = family.pipeline_class.__name__, family.denoiser_name
+    imports = {"diffusers": {type(scheduler).__name__, pipeline_class}}
+    parts, before, after = [], [], []
+    if source.vae is not None:
+        imports["diffusers"].add("AutoencoderKL")
+        before.append(f"vae = AutoencoderKL.from_pretrained({source.vae!r}, dtype=dtype)")
+        parts.append("vae=vae")
+    if source.distilled_denoiser is not None:
+        location, filename = split_source(source.distilled_denoiser)
+        if filename is None:
+            denoiser_class = family.denoiser_class.__name__
+            imports["diffusers"].add(denoiser_class)
+            before.append(f"{part} = {denoiser_class}.from_pretrained({location!r}, dtype=dtype)")
+            parts.append(f"{part}={part}")
+        else:
+            if Path(location).is_dir():
+                path = repr(str(Path(location, filename)))
+            else:
+                imports["huggingface_hub"] = {"hf_hub_download"}
+                path = f"hf_hub_download({location!r}, {filename!r})"
+            if filename.endswith(".safetensors"):
+                imports["safetensors.torch"] = {"load_file"}
+                weights = f"load_file({path})"
+            else:
+                weights = f'torch.load({path}, map_location="cpu", weights_only=True)'
+            after.append(f"pipe.{part}.load_state_dict({weights})")
+    if source.distillation_lora is not None:
+        location, filename = split_source(source.distillation_lora)
+        weight_name = "" if filename is None else f", weight_name={filename!r}"
+        after += [
+            f"pipe.load_lora_weights({location!r}{weight_name})",
+            f'pipe.fuse_lora(components=["{part}"])',
+            "pipe.unload_lora_weights()",
+        ]
+    if source.revision is not None:
+        parts.append(f"revision={source.revision!r}")
+    if source.variant is not None:
+        parts.append(f"variant={source.variant!r}")
+    if deployment.timesteps:
+        call = [f"timesteps={list(deployment.timesteps)}"]
+    else:
+        call = [f"num_inference_steps={deployment.num_inference_steps}"]
+    call.append(f"guidance_scale={guidance_scale}")
+    if deployment.eta is not None:
+        call.append(f"eta={deployment.eta}")
+    call += [f"height={deployment.height}", f"width={deployment.width}", "generator=torch.Generator().manual_seed(0)"]
+    base = repr(source.pretrained_model_name_or_path)
+    lines = [
+        "import torch",
+        *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
+        "",
+        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+        *before,
+        f"pipe = {pipeline_class}.from_pretrained({', '.join([base, *parts, 'dtype=dtype'])})",
+        *after,
+        f"pipe.scheduler = {scheduler_code(scheduler)}",
+        f"pipe.load_lora_weights({lora!r})",
+        "pipe.to(device)",
+        "image = pipe(",
+        *(f"    {argument}," for argument in [repr(prompt), *call]),
+        ").images[0]",
+    ]
+    return "\n".join(lines)
+
+
+def save_model_card(
+    args: argparse.Namespace,
+    family: Family,
+    deployment: Deployment,
+    *,
+    prompt: str,
+    hub_model_id: str | None = None,
+    training: Mapping[str, object] | None = None,
+    images: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """Writes `output_dir/README.md`.
+
+    Args:
+        family: the pipeline holds the deployment's scheduler; the card names its class and settings.
+        prompt: the example's.
+        hub_model_id: where the LoRA will be; else the card loads it from `output_dir`.
+        training: settings of the run (reward, beta, learning rate, steps ...), written as a table in this order.
+        images: (caption, file name relative to `output_dir`) of validation images.
+    """
+    source = model_source(args)
+    base_model, lora = source.pretrained_model_name_or_path, hub_model_id or str(args.output_dir)
+    snippet = usage_snippet(
+        source,
+        type(family),
+        family.pipeline.scheduler,
+        deployment,
+        guidance_scale=family.guidance_scale,
+        lora=lora,
+        prompt=prompt,
+    )
+    on_hub = not Path(base_model).exists()
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=base_model if on_hub else None,  # the hub takes ids only
+        widget=[{"text": caption, "output": {"url": name}} for caption, name in images] or None,
+    )
+    sections = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {Path(lora).name}",
+        f"LoRA weights for {f'[{base_model}](https://huggingface.co/{base_model})' if on_hub else base_model}, tuned "
+        "by [Pairwise Sample Optimization](https://arxiv.org/abs/2410.03190) (PSO). They are meant for the scheduler "
+        "and the few steps below.",
+        *(f"![{caption}]({name})" for caption, name in images),
+        f"## Use\n\n```python\n{snippet}\n```",
+    ]
+    if training:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in training.items())
+        sections.append(f"## Training\n\n| setting | value |\n|---|---|\n{rows}")
+    card = populate_model_card(ModelCard("\n\n".join(sections) + "\n"), tags=[*TAGS, *family.card_tags])
+    path = Path(args.output_dir, "README.md")
+    card.save(path)
+    return path

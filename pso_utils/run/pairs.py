@@ -1,0 +1,139 @@
+"""Where the pairs of offline training come from: the flags of each task, and the source that they name."""
+
+import argparse
+
+from pso_utils.data.pairs import Stream, Table, load_images, load_instance_images, load_preference_pairs
+from pso_utils.errors import UserError
+from pso_utils.run import arguments
+
+
+TASK_FLAGS = {
+    "image_columns": ["preference"],
+    "label_column": ["preference"],
+    "winner_column": ["preference"],
+    "loser_column": ["preference"],
+    "streaming": ["preference"],
+    "shuffle_buffer_size": ["preference"],
+    "dataset_name": ["preference", "style"],
+    "dataset_config_name": ["preference", "style"],
+    "dataset_split": ["preference", "style"],
+    "max_train_samples": ["preference", "style"],
+    "caption_column": ["preference", "style"],
+    "image_column": ["style"],
+    "train_data_dir": ["style"],
+    "instance_data_dir": ["concept"],
+    "instance_prompt": ["concept"],
+    "class_prompt": ["concept"],
+    "num_reference_images": ["concept"],
+    "reference_policy": ["style", "concept"],
+    "reference_refresh_steps": ["style", "concept"],
+    "class_anchor": ["concept"],
+}
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser):
+    group = parser.add_argument_group("pairs")
+    add, positive_int = group.add_argument, arguments.positive_int
+    add("--task", choices=SOURCES, required=True, help="Where the pairs come from.")
+    arguments.add_dataset_arguments(group, "pairs")
+    add("--dataset_name", help="preference, style: a data set of the hub, or a local folder, file or pattern of files "
+        "(Parquet, arrow, JSONL, CSV, WebDataset).")  # fmt: skip
+    add("--image_columns", nargs=2, default=["jpg_0", "jpg_1"], metavar="COLUMN", help="preference: the two images.")
+    add("--label_column", default="label_0", help="preference: 1 where the first image won, 0 the second, 0.5 a tie.")
+    add("--winner_column", help="preference: the winner's image, instead of two images and a label.")
+    add("--loser_column", help="preference: the loser's image.")
+    add("--train_data_dir", help="style: a folder of images with a metadata.jsonl (file_name and captions).")
+    add("--image_column", default="image", help="style: the image column of --dataset_name.")
+    add("--caption_column", help="The caption column. Default: caption for preference, text for style.")
+    add("--streaming", action="store_true", help="preference: read the data set while training, without keeping it.")
+    add("--shuffle_buffer_size", type=positive_int, default=1000, help="Records among which a stream is shuffled.")
+    add("--instance_data_dir", help="concept: a folder of images of one thing.")
+    add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
+    add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
+    add("--num_reference_images", type=positive_int, default=20, help="concept: how many references are drawn.")
+    add("--reference_policy", choices=["initial", "current"], default="initial", help="style, concept: references are "
+        "drawn with the LoRA off, or with it as trained so far.")  # fmt: skip
+    add("--reference_refresh_steps", type=positive_int, help="style, concept: draw references anew every so many "
+        "optimizer steps. Default: never.")  # fmt: skip
+    add("--sample_batch_size", type=positive_int, default=4, help="Reference or validation images drawn at once.")
+    add("--center_crop", action="store_true", help="Crop images at their centre instead of at random.")
+    add("--random_flip", action="store_true", help="Mirror every other pair, both of its images.")
+    add("--skip_broken_images", action="store_true", help="Count and leave out pairs with a broken image.")
+    add("--cache_latents", action="store_true", help="Encode images and prompts once, to disk; the text encoders leave "
+        "memory and the VAE the accelerator. Takes --center_crop.")  # fmt: skip
+
+
+def check_task_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
+    """Refuses the flags of another task, and fills in what depends on the task."""
+    for flag, tasks in TASK_FLAGS.items():
+        if getattr(args, flag) != parser.get_default(flag) and args.task not in tasks:
+            parser.error(f"--{flag} goes with --task {' or '.join(tasks)}, not {args.task}: drop it")
+    if args.caption_column is None:
+        args.caption_column = "caption" if args.task == "preference" else "text"
+
+
+def open_source(args: argparse.Namespace) -> Table | Stream:
+    """The source that the flags name, checked as far as can be without decoding an image.
+
+    Raises:
+        UserError: flags that do not go together, or a source that cannot be read.
+    """
+    if args.reference_policy == "current" and args.reference_refresh_steps is None:
+        raise UserError(
+            "--reference_policy current draws with the LoRA as trained so far, and before training there is none: pass"
+            " --reference_refresh_steps, too"
+        )
+    if args.cache_latents and not args.center_crop:
+        raise UserError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
+    if args.cache_latents and args.streaming:
+        raise UserError("--cache_latents keeps on disk what --streaming is to spare it: drop one of them")
+    if args.streaming and args.max_train_steps is None:
+        raise UserError("--streaming does not tell how many pairs there are: pass --max_train_steps")
+    return SOURCES[args.task](args)
+
+
+def dataset_settings(args: argparse.Namespace) -> dict:
+    return {
+        "config_name": args.dataset_config_name,
+        "split": args.dataset_split,
+        "streaming": args.streaming,
+        "cache_dir": args.cache_dir,
+        "num_workers": args.dataloader_num_workers,
+    }
+
+
+def preference_source(args: argparse.Namespace) -> Table | Stream:
+    if args.dataset_name is None:
+        raise UserError("--task preference needs --dataset_name, a data set of winners and losers")
+    return load_preference_pairs(
+        args.dataset_name,
+        caption_column=args.caption_column,
+        winner_column=args.winner_column,
+        loser_column=args.loser_column,
+        image_columns=args.image_columns,
+        label_column=args.label_column,
+        max_train_samples=args.max_train_samples,
+        shuffle_buffer_size=args.shuffle_buffer_size,
+        **dataset_settings(args),
+    )
+
+
+def style_source(args: argparse.Namespace) -> Table:
+    return load_images(
+        args.dataset_name,
+        train_data_dir=args.train_data_dir,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        max_train_samples=args.max_train_samples,
+        **dataset_settings(args),
+    )
+
+
+def concept_source(args: argparse.Namespace) -> Table:
+    for flag in ("instance_data_dir", "instance_prompt", "class_prompt"):
+        if getattr(args, flag) is None:
+            raise UserError(f"--task concept needs --{flag}")
+    return load_instance_images(args.instance_data_dir, caption=args.instance_prompt)
+
+
+SOURCES = {"preference": preference_source, "style": style_source, "concept": concept_source}

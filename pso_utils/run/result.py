@@ -1,0 +1,49 @@
+"""The end of a run: its LoRA, pictures and model card, in `output_dir` and on the hub."""
+
+import argparse
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from pso_utils.families import Family
+from pso_utils.run import hub
+from pso_utils.run.checkpoints import TrainingState
+from pso_utils.run.model_card import save_model_card
+from pso_utils.run.validation import Validation
+
+
+logger = get_logger(__name__)
+
+
+def save_lora(args: argparse.Namespace, accelerator: Accelerator, family: Family):
+    """Writes the LoRA. To be called before anything is drawn with it, so that a failure there loses nothing."""
+    if accelerator.is_main_process:
+        family.save_lora(args.output_dir, kohya=args.output_kohya_format)
+
+
+def save_card_and_pictures(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    validate: Validation,
+    state: TrainingState,
+    *,
+    settings: dict,
+    repo_id: str | None,
+):
+    """Draws before and after, writes the model card with the run's `settings`, and uploads to `repo_id`, if there is
+    one; all processes call it."""
+    images = validate.save_before_and_after(state)
+    if accelerator.is_main_process:
+        save_model_card(
+            args,
+            validate.family,
+            validate.deployment,
+            prompt=validate.prompts[0],
+            hub_model_id=repo_id,
+            training=settings,
+            images=images,
+        )
+        if repo_id is not None:
+            hub.push_folder(repo_id, args)
+        logger.info(f"the LoRA and its model card are in {args.output_dir}")
+    accelerator.end_training()

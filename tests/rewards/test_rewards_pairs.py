@@ -1,0 +1,91 @@
+"""The choice of pairs against brute-force loops."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from pso_utils.rewards import select_pairs
+
+
+def brute_force(scores, weights, combination):
+    num_rewards, num_prompts, num_samples = scores.shape
+    pairs = []
+    for prompt in range(num_prompts):
+        sample = [[scores[r, prompt, k].item() for r in range(num_rewards)] for k in range(num_samples)]
+        total = [sum(w.item() * s for w, s in zip(weights, values)) for values in sample]
+        best = None
+        for i, j in itertools.product(range(num_samples), repeat=2):
+            signed = [
+                (math.copysign(1, w) * a, math.copysign(1, w) * b) for w, a, b in zip(weights, sample[i], sample[j])
+            ]
+            if combination == "sum":
+                wins = total[i] > total[j]
+            else:
+                wins = all(a >= b for a, b in signed) and any(a > b for a, b in signed)
+            if wins and (best is None or total[i] - total[j] > best[0]):
+                best = (total[i] - total[j], i, j)
+        pairs.append(best and best[1:])
+    return pairs
+
+
+@pytest.mark.parametrize("combination", ["sum", "pareto"])
+@pytest.mark.parametrize("num_samples", [2, 3, 6])
+@pytest.mark.parametrize("weights", [[1.0], [-2.0], [1.0, 0.1], [1.0, -0.5, 3.0]])
+@pytest.mark.parametrize("levels", [2, 5, None])
+def test_pairs_equal_the_brute_force(combination, num_samples, weights, levels):
+    generator = torch.Generator().manual_seed(len(weights) * 100 + num_samples)
+    shape = (len(weights), 200, num_samples)
+    if levels is None:
+        scores = torch.randn(shape, generator=generator)
+    else:  # few levels: many equal scores
+        scores = torch.randint(levels, shape, generator=generator).float()
+    weights = torch.tensor(weights)
+    selection = select_pairs(scores, weights, combination)
+    expected = brute_force(scores, weights, combination)
+    assert selection.target.dtype == selection.reference.dtype == torch.long and selection.tie.dtype == torch.bool
+    assert selection.tie.tolist() == [pair is None for pair in expected]
+    kept = [prompt for prompt, pair in enumerate(expected) if pair is not None]
+    found = [(selection.target[prompt].item(), selection.reference[prompt].item()) for prompt in kept]
+    assert found == [expected[prompt] for prompt in kept]
+
+
+def test_two_samples_are_ordered_by_their_score():
+    selection = select_pairs(torch.tensor([[[1.0, 2.0], [2.0, 1.0], [3.0, 3.0]]]), torch.tensor([1.0]))
+    assert selection.target.tolist()[:2] == [1, 0] and selection.reference.tolist()[:2] == [0, 1]
+    assert selection.tie.tolist() == [False, False, True]
+
+
+def test_pareto_wants_every_reward_and_sum_their_weighted_sum():
+    scores = torch.tensor([[[2.0, 1.0], [2.0, 1.0], [1.0, 1.0]], [[1.0, 5.0], [1.0, 1.0], [2.0, 2.0]]])
+    weights = torch.tensor([1.0, 1.0])
+    assert select_pairs(scores, weights, "sum").tie.tolist() == [False, False, True]
+    assert select_pairs(scores, weights, "sum").target.tolist()[:2] == [1, 0]
+    pareto = select_pairs(scores, weights, "pareto")
+    assert pareto.tie.tolist() == [True, False, True] and pareto.target[1] == 0
+    # A negative weight turns its reward round: what was a conflict agrees.
+    turned = select_pairs(scores, torch.tensor([1.0, -1.0]), "pareto")
+    assert turned.tie.tolist() == [False, False, True] and turned.target.tolist()[:2] == [0, 0]
+
+
+def test_equal_samples_tie_wherever_they_stand():
+    # 33 samples of 9 rewards: long enough for a vectorised reduction with a remainder.
+    weights = torch.linspace(0.1, 1.7, 9)
+    scores = torch.randn(9, 50, 1, generator=torch.Generator().manual_seed(0)).expand(9, 50, 33)
+    for combination in ("sum", "pareto"):
+        assert select_pairs(scores, weights, combination).tie.all()
+
+
+@pytest.mark.parametrize(
+    "scores, weights, combination, message",
+    [
+        (torch.zeros(1, 2, 1), [1.0], "sum", "at least 2 samples"),
+        (torch.zeros(2, 2), [1.0, 1.0], "sum", "at least 2 samples"),
+        (torch.zeros(2, 2, 2), [1.0], "sum", "one weight for each reward"),
+        (torch.zeros(1, 2, 2), [1.0], "best", "pass one of sum, pareto"),
+    ],
+)
+def test_bad_selections_are_named(scores, weights, combination, message):
+    with pytest.raises(ValueError, match=message):
+        select_pairs(scores, torch.tensor(weights), combination)
