@@ -51,7 +51,7 @@ def test_bad_flags_are_one_line_before_a_model_is_loaded(shared, tmp_path, capsy
         ("--lora", f"x={several}"): ["several LoRA files", "one.safetensors, two.safetensors"],
         ("--lora", str(shared / "a")): ["pass NAME=PATH"],
         ("--lora", f"base={shared / 'a'}"): ["the name base is taken"],
-        ("--lora", f"x={other / 'wider.safetensors'}"): ["another architecture", "don't make the weight"],
+        ("--lora", f"x={other / 'wider.safetensors'}"): ["another architecture", "don't make the base's weight"],
         ("--lora", f"x={other / 'layers.safetensors'}"): [
             "another architecture",
             "no such layer",

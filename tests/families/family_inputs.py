@@ -30,7 +30,7 @@ def generators(count: int = len(PROMPTS)) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
+def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

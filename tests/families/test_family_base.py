@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from family_inputs import PROMPTS, SIZE, batch, generators, random
+from family_inputs import PROMPTS, SIZE, batch, generators, noise
 
 from pso_utils.errors import UserError
 from pso_utils.families import FAMILIES, Conditioning, Deployment
@@ -21,7 +21,7 @@ from pso_utils.families.sdxl import SDXL
 
 def conditioning(seed: int = 0) -> Conditioning:
     """A batch of 3."""
-    return Conditioning(embeds=random(3, 5, 2, seed=seed), pooled=random(3, 4, seed=seed + 1), ids=torch.arange(3))
+    return Conditioning(embeds=noise(3, 5, 2, seed=seed), pooled=noise(3, 4, seed=seed + 1), ids=torch.arange(3))
 
 
 def assert_equal(a: Conditioning, b: Conditioning):
@@ -140,7 +140,7 @@ def use_all_parts(family) -> list:
         conditioning = batch(family)
         latents = family.generate(conditioning, generators(), Deployment(2, None, None, **SIZE))
         images = [torch.tensor(np.asarray(image)) for image in family.decode_latents(latents)]
-        results += [*conditioning.values(), latents, *images, family.encode_images(random(2, 3, 32, 32))]
+        results += [*conditioning.values(), latents, *images, family.encode_images(noise(2, 3, 32, 32))]
     return results
 
 

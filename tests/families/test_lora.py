@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from family_inputs import batch, draw, one_line, plain_pipeline, random, randomize_lora
+from family_inputs import batch, draw, noise, one_line, plain_pipeline, randomize_lora
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ def test_lora_targets_are_checked_before_weights_are_loaded(pipeline):
 @pytest.fixture
 def predict(family):
     """What the model makes of some latents at unlike timesteps."""
-    conditioning, latents = batch(family), random(2, 4, 8, 8)
+    conditioning, latents = batch(family), noise(2, 4, 8, 8)
     return lambda: family.predict(latents, torch.tensor([999, 499]), conditioning)
 
 

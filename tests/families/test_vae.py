@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from family_inputs import SIZE, draw, one_line, random, record_calls
+from family_inputs import SIZE, draw, noise, one_line, record_calls
 
 from pso_utils.errors import UserError
 from pso_utils.families import vae as vae_module
@@ -62,7 +62,7 @@ def test_the_decoder_gets_the_pipelines_bits(pipeline, statistics):
 @pytest.mark.parametrize("statistics", [*STATISTICS, {"shift_factor": 0.6, "scaling_factor": 1.5}])
 def test_encoding_undoes_decodings_normalisation(vae, statistics):
     vae.register_to_config(**statistics)
-    pixels = random(3, 3, 16, 24)
+    pixels = noise(3, 3, 16, 24)
     expected = vae.encode(pixels).latent_dist.mode()
     latents = vae_module.encode(vae, pixels, batch_size=3)
     assert latents.dtype == torch.float32 and latents.shape == (3, 4, 8, 12)
@@ -74,13 +74,13 @@ def test_encoding_undoes_decodings_normalisation(vae, statistics):
 def test_shift_and_scale_are_those_of_diffusers_pipelines(vae):
     """(latents / scaling_factor) + shift_factor, as in StableDiffusion3Pipeline, whose VAEs have a shift."""
     vae.register_to_config(shift_factor=0.6, scaling_factor=1.5)
-    latents = random(2, 4, 8, 8)
+    latents = noise(2, 4, 8, 8)
     (images,) = vae_module.decode(vae, latents, batch_size=2)
     assert torch.equal(images, vae.decode(latents / 1.5 + 0.6).sample)
 
 
 def test_encoding_gives_the_mode_whatever_the_generator(family):
-    pixels = random(3, 3, 32, 32).clamp(-1, 1)
+    pixels = noise(3, 3, 32, 32).clamp(-1, 1)
     latents = family.encode_images(pixels)
     assert latents.shape == (3, 4, 8, 8) and not latents.requires_grad
     torch.manual_seed(7)
@@ -91,9 +91,9 @@ def test_encoding_gives_the_mode_whatever_the_generator(family):
 
 @pytest.mark.parametrize("batch_size, sizes", [(1, [1, 1, 1]), (2, [2, 1]), (4, [3])])
 def test_the_vae_takes_no_more_images_at_once_than_told(vae, batch_size, sizes):
-    parts = list(vae_module.decode(vae, random(3, 4, 4, 4), batch_size=batch_size))
+    parts = list(vae_module.decode(vae, noise(3, 4, 4, 4), batch_size=batch_size))
     assert [len(part) for part in parts] == sizes
-    encode = record_calls(vae.encoder, lambda: vae_module.encode(vae, random(3, 3, 8, 8), batch_size=batch_size))
+    encode = record_calls(vae.encoder, lambda: vae_module.encode(vae, noise(3, 3, 8, 8), batch_size=batch_size))
     assert [len(args[0]) for args, _, _ in encode] == sizes
 
 
@@ -106,13 +106,13 @@ def test_force_upcast_runs_the_vae_in_float32(pipeline, dtype):
     family.decode_latents(latents)
     assert pipeline.vae.dtype == torch.float32
     pipeline.vae.to(dtype)
-    family.encode_images(random(1, 3, 32, 32))
+    family.encode_images(noise(1, 3, 32, 32))
     assert pipeline.vae.dtype == torch.float32
 
 
 def test_without_force_upcast_the_vae_keeps_its_dtype(vae):
     vae.to(torch.bfloat16)
-    latents = vae_module.encode(vae, random(1, 3, 8, 8), batch_size=1)
+    latents = vae_module.encode(vae, noise(1, 3, 8, 8), batch_size=1)
     assert latents.dtype == torch.float32 and vae.dtype == torch.bfloat16
     (images,) = vae_module.decode(vae, latents, batch_size=1)
     assert images.dtype == vae.dtype == torch.bfloat16
