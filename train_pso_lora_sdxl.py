@@ -462,9 +462,8 @@ def run(args):
         if args.reference_policy == "current":
             references.drop_after(state.global_step)
         drawing = bar(total=len(references.own_indices), desc="references")
-        references.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
+        reference_latents.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
         drawing.close()
-        reference_latents.fill()
     prompts = args.validation_prompts or default_validation_prompts(args, source)
     minibatches = partial(encoded_minibatches, family, loader)
     if args.cache_latents:
@@ -517,6 +516,8 @@ def run(args):
                         indices = reference_indices(args, state.epoch, batch.ids, index_of_id, num_references)
                         of_targets = reference_latents(indices, batch.flipped.tolist())
                     prepared.append(make_pairs(args, family, embed, batch, of_targets, epoch=state.epoch))
+            counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
+            counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
 
             # Update: how many pairs are sound is known after the reduction; until then their nominal number serves
             zero_gradients(parameters)
@@ -525,8 +526,6 @@ def run(args):
                 loss, metrics = loss_function(family, schedule, weights, pairs, args)
                 accelerator.backward(loss.sum() / minibatch_size)
                 sums = {name: total + metrics[name].sum() for name, total in sums.items()}
-            counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
-            counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
             sums = reduce_gradients(accelerator, parameters, sums | counts)
             state.position = minibatch.end
             num_pairs, num_broken = sums.pop("pairs"), sums.pop("broken")
@@ -546,8 +545,7 @@ def run(args):
 
             if references is not None and state.global_step % refresh_steps == 0:
                 if state.global_step < max_train_steps:
-                    references.refresh(state.global_step)
-                    reference_latents.fill()
+                    reference_latents.refresh(state.global_step)
             if state.global_step % args.validation_steps == 0:
                 validate(state)
                 stop = keep_best(args, accelerator, family, state, validate.values)

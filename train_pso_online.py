@@ -184,7 +184,7 @@ def pair_log_probs(family: Family, schedule: Schedule, pairs: Pairs, index: Tens
     at = step_index[:, None, None, None, None]
     sample, next_sample = (torch.take_along_dim(latents, at + n, dim=1).squeeze(1) for n in (0, 1))
     steps = schedule.at(step_index)
-    conditioning = pairs.conditioning.rows(index).repeat(2)
+    conditioning = pairs.conditioning.rows(index.repeat(2))
     model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, conditioning)
     return log_prob(steps, model_output, sample, next_sample).view(2, -1)
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from demo.evaluate import BATCH, draw, grid, paired
-from demo.measures import mean_pairwise_distance, to_pixels
+from demo.measures import draw_prompts, grid, load_model, paired, stack_pixels
 from demo.recipe.common import DEMO, load_drawings
 from demo.tasks import concept_views
+from pso_utils.evaluate.fidelity import ReferenceSimilarity, closest_distance, diversity
+from pso_utils.evaluate.loras import Model, applied, find_lora
+from pso_utils.families import Family
 from pso_utils.rewards import CLIPReward
+from pso_utils.run.accelerator import one_line_errors
 
 
 PICTURED = 11  # images of each prompt that are shown
@@ -35,28 +36,18 @@ def parse_args(argv=None):
     parser.add_argument("--num_images", type=int, default=330)
     parser.add_argument("--seed", type=int, default=1_000_000, help="Of the noise; training's seeds are far smaller.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/concept"))
-    args = parser.parse_args(argv)
-    for lora in args.lora:
-        name, _, folder = lora.partition("=")
-        if not (name and Path(folder, "pytorch_lora_weights.safetensors").is_file()):
-            parser.error(f"--lora {lora}: pass NAME=DIR, where DIR holds pytorch_lora_weights.safetensors")
-    return args
-
-
-def view_distance(pixels: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-    """Mean squared error [B] of images [B, 3, H, W] in [-1, 1] to the closest of the views [V, 3, H, W]."""
-    return (pixels[:, None] - views).square().mean(dim=(2, 3, 4)).amin(dim=1)
+    return parser.parse_args(argv)
 
 
 @dataclass
 class ConceptMeasures:
     scores: dict[str, torch.Tensor]  # [B] each; more is better in all
-    class_diversity: float  # mean pairwise distance of the class prompt's images
+    class_diversity: float  # mean distance between the class prompt's images
     images: list[Image.Image]  # the first of the instance prompt's, then the first of the class prompt's
 
 
-class ConceptYardstick:
-    """Held-out views of a concept, against which images are measured.
+class ConceptBenchmark:
+    """Held-out views of a concept, which images are measured against.
 
     Args:
         instance_prompt: as in training; by default `sks` and the concept's class.
@@ -68,40 +59,33 @@ class ConceptYardstick:
         self.instance_prompt = instance_prompt or f"sks {self.class_prompt}"
         self.views = concept_views(concept)[1]
         self.clip = CLIPReward(str(DEMO / "emoji-clip"))
-        self.embeds = F.normalize(self.clip.embed_images(self.views), dim=1)
+        self.similarity = ReferenceSimilarity(self.clip, self.views)
 
-    def measure(self, pipeline, num_images: int, seed: int, steps: int = 4) -> ConceptMeasures:
+    def measure(self, family: Family, num_images: int, *, seed: int, steps: int = 4) -> ConceptMeasures:
         """Draws both prompts, each from the noise of `seed`, `seed` + 1, ... whatever the model."""
-        instance = draw(pipeline, [self.instance_prompt] * num_images, steps, seed)
-        of_class = draw(pipeline, [self.class_prompt] * num_images, steps, seed)
-        batches = [instance[start : start + BATCH] for start in range(0, len(instance), BATCH)]
-        cosine = torch.cat([F.normalize(self.clip.embed_images(batch), dim=1) for batch in batches]) @ self.embeds.T
+        instance, of_class = (
+            draw_prompts(family, [prompt] * num_images, steps=steps, seed=seed)
+            for prompt in (self.instance_prompt, self.class_prompt)
+        )
         scores = {
-            "image cosine": cosine.mean(dim=1),
-            "closeness": -view_distance(to_pixels(instance), to_pixels(self.views)),
+            "image cosine": self.similarity(instance, [self.instance_prompt] * num_images),
+            "closeness": -closest_distance(stack_pixels(instance), stack_pixels(self.views)),
             "class clip": self.clip(of_class, [self.class_prompt] * num_images),
         }
-        diversity = mean_pairwise_distance(to_pixels(of_class))
-        return ConceptMeasures(scores, diversity, instance[:PICTURED] + of_class[:PICTURED])
+        class_diversity = diversity(stack_pixels(of_class)).mean().item()
+        return ConceptMeasures(scores, class_diversity, instance[:PICTURED] + of_class[:PICTURED])
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def run(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    yardstick = ConceptYardstick(args.concept, args.instance_prompt)
-    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "emoji-turbo")
-    pipeline.set_progress_bar_config(disable=True)
-
-    results, base, rows = [], None, [yardstick.views]
-    for lora in ["base=", *args.lora]:
-        name, _, folder = lora.partition("=")
-        if folder:
-            pipeline.load_lora_weights(folder)
-        measures = yardstick.measure(pipeline, args.num_images, args.seed)
-        if folder:
-            pipeline.unload_lora_weights()
+    models = [Model("base"), *map(find_lora, args.lora)]
+    benchmark, family = ConceptBenchmark(args.concept, args.instance_prompt), load_model()
+    results, base, rows = [], None, [benchmark.views]
+    for model in models:
+        with applied(family.pipeline, model):
+            measures = benchmark.measure(family, args.num_images, seed=args.seed)
         base = base or measures
-        row = {"model": name, **{key: value.mean().item() for key, value in measures.scores.items()}}
+        row = {"model": model.name, **{key: value.mean().item() for key, value in measures.scores.items()}}
         row["class diversity"] = measures.class_diversity
         row["paired"] = {key: paired(value, base.scores[key]) for key, value in measures.scores.items()}
         results.append(row)
@@ -119,6 +103,12 @@ def main(argv=None):
             f"{gains['closeness']} | {row['class clip']:.3f} | {clip_ratio:.2f} | {row['class diversity']:.3f} | "
             f"{diversity_ratio:.2f} |"
         )
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with one_line_errors(__file__):
+        run(args)
 
 
 if __name__ == "__main__":

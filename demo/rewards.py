@@ -5,10 +5,10 @@ accelerate launch train_pso_online.py --reward demo.rewards:twemoji ...
 
 from functools import cache
 
-import numpy as np
 import torch
 
 from demo.recipe.common import STYLES, load_drawings
+from pso_utils.data.images import pixels_of
 
 
 @cache
@@ -25,8 +25,5 @@ def drawings_of(style: str) -> dict[str, torch.Tensor]:
 def twemoji(images, prompts):
     """Minus the mean squared error, pixels in [-1, 1], to the closest of Twemoji's drawings of the prompt; [B]."""
     described = drawings_of("twemoji")
-    rewards = []
-    for image, prompt in zip(images, prompts):
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-        rewards.append(-(described[prompt] - pixels).square().mean(dim=(1, 2, 3)).min())
-    return torch.stack(rewards)
+    errors = [(described[prompt] - pixels_of(image)).square() for image, prompt in zip(images, prompts)]
+    return torch.stack([-error.mean(dim=(1, 2, 3)).min() for error in errors])

@@ -185,8 +185,7 @@ def _(scheduler, eta):
     next_timesteps = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
     at_s = alphas_cumprod[torch.floor((1 - eta) * next_timesteps).long()]
     alpha_s, sigma_s = _vp_levels(at_s)
-    ratio = alphas_cumprod[next_timesteps] / at_s
-    ratio[-1] = 1  # after the last step no noise is added
+    ratio = alphas_cumprod[next_timesteps] / at_s  # 1 after the last step, where t' = s = 0: no noise is added
     return {
         "alpha": alpha,
         "sigma": sigma,

@@ -1,6 +1,5 @@
 """Where weights come from: a local file, `repo:file`, a folder or a hub id, as the flags name them."""
 
-import pickle
 import re
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         return load_file(path)
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # on a damaged pickle torch's unpickler raises nearly anything, struct.error included
         raise UserError(f"{path} cannot be read as weights alone; pass a .safetensors or .bin state dict") from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, Tensor) for value in state_dict.values()):
         raise UserError(f"{path} holds no state dict of tensors; pass a .safetensors or .bin state dict")

@@ -35,11 +35,11 @@ def test_permutation_is_the_order_of_the_noise():
     assert torch.equal(keyed_permutation((3, 1), 100), keyed_noise([(3, 1)], (100,))[0].argsort())
 
 
-@pytest.mark.parametrize("draw", [keyed_noise, keyed_uniform])
-def test_a_draw_does_not_depend_on_its_batch(draw):
-    batch = draw(KEYS, (5, 4, 8, 8))
+@pytest.mark.parametrize("function", [keyed_noise, keyed_uniform])
+def test_a_draw_does_not_depend_on_its_batch(function):
+    batch = function(KEYS, (5, 4, 8, 8))
     assert batch.shape == (12, 5, 4, 8, 8) and batch.dtype == torch.float32
-    assert torch.equal(draw(KEYS[7:9][::-1], (5, 4, 8, 8)), batch[7:9].flip(0))
+    assert torch.equal(function(KEYS[7:9][::-1], (5, 4, 8, 8)), batch[7:9].flip(0))
 
 
 def test_keys_may_be_numbers_of_numpy_and_torch():

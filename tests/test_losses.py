@@ -172,10 +172,10 @@ def test_a_ratio_on_the_bound_has_its_gradient_and_the_next_float_has_not(bound,
     on_bound = torch.tensor([bound])
     beyond, inside = (torch.nextafter(on_bound, torch.tensor([to])) for to in (outwards, 0.0))
     for log_ratio, kept in [(inside, True), (on_bound, True), (beyond, False)]:
-        for place, pair in enumerate([(log_ratio, torch.zeros(1)), (torch.zeros(1), log_ratio)]):
+        for position, pair in enumerate([(log_ratio, torch.zeros(1)), (torch.zeros(1), log_ratio)]):
             _, metrics, *gradients = with_gradients(online_pso_loss, *pair, **ONLINE)
-            name = ("target", "reference")[place]
-            assert (gradients[place].item() != 0) is kept
+            name = ("target", "reference")[position]
+            assert (gradients[position].item() != 0) is kept
             assert (metrics[f"{name}_clipped_low"] + metrics[f"{name}_clipped_high"] == 0).item() is kept
 
 
@@ -349,6 +349,11 @@ def test_hinge_equals_the_releases_formula(beta, kappa, prior_loss_weight):
     if beta * kappa == prior_loss_weight:  # the release's figures: plain regression onto the target while active
         assert (reference_grad[active > 0] == 0).all()
     assert torch.equal(metrics["pair_accuracy"], (target < reference).float())
+
+
+def test_a_pair_of_equal_errors_is_half_right():
+    _, metrics = hinge_pso_loss(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), **HINGE)
+    assert metrics["pair_accuracy"].tolist() == [0.5, 1]
 
 
 def test_denoising_error_of_half_precision_is_computed_in_float32():

@@ -169,6 +169,7 @@ OFFLINE = [
     for eta in ([{"eta": 0.0}, {"eta": 0.4}, {"eta": 1.0}] if TABLES[case.scheduler_class].default_eta else [{}])
 ]
 EVERY = MATRIX + VARIANTS + OFFLINE + FLOW + SCM
+# FlowMatchEuler, which has two forms, twice.
 ONE_A_CLASS = [*MATRIX[::3], FLOW_DEPLOYED[0], FLOW_RENOISED[0], FLOW_LCM[0], SCM[0]]
 
 

@@ -43,7 +43,7 @@ def test_a_folder_has_no_file(tmp_path):
         assert split_source(str(folder)) == (str(folder), None)
 
 
-def test_the_users_home_is_expanded(tmp_path, monkeypatch):
+def test_a_tilde_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "models"
     folder.mkdir()
@@ -141,11 +141,24 @@ def test_a_pickle_that_is_not_weights_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02garbage", b"PK\x03\x04broken", b"\xff" * 64])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", b"\x80\x02garbage", b"\x80\x02.", b"\x80\x02h\x00.", b"PK\x03\x04broken"]
+)
 def test_a_bin_that_is_no_pickle_is_an_error(tmp_path, content):
     (tmp_path / "unet.bin").write_bytes(content)
     with raises_one_line("cannot be read as weights"):
         read_weights(str(tmp_path / "unet.bin"))
+
+
+@pytest.mark.parametrize("as_zip", (True, False))
+def test_a_truncated_bin_is_an_error(tmp_path, as_zip):
+    path = tmp_path / "unet.bin"
+    torch.save(WEIGHTS, path, _use_new_zipfile_serialization=as_zip)
+    content = path.read_bytes()
+    for length in range(0, len(content) - 1, 31):
+        path.write_bytes(content[:length])
+        with raises_one_line("cannot be read as weights"):
+            read_weights(str(path))
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": {"a": torch.ones(1)}}, torch.ones(2)])

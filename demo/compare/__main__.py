@@ -18,7 +18,7 @@ from pathlib import Path
 
 from demo.compare.report import BEGIN, END, has_marks, report
 from demo.compare.rows import ROWS, chosen_rate, prepare, run
-from demo.compare.tasks import ENDS, measure_end, start_worker
+from demo.compare.tasks import UNTUNED_MODELS, measure_untuned, start_worker
 from demo.tasks import write_tasks
 
 
@@ -68,7 +68,7 @@ def train_and_measure(args):
     first, *others = args.seeds
     context = multiprocessing.get_context("spawn")  # a fork would share torch's threads
     with ProcessPoolExecutor(args.jobs, context, start_worker, (args.threads,)) as pool:
-        in_parallel(pool, args, [(measure_end, task, end) for task in tasks for end in ENDS])
+        in_parallel(pool, args, [(measure_untuned, task, model) for task in tasks for model in UNTUNED_MODELS])
         for later in (False, True):
             rows = [name for name in args.rows if bool(ROWS[name].needs) == later]
             prepared = [name for name in rows if ROWS[name].prepare]

@@ -10,17 +10,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from demo.compare.rows import ROWS, chosen_rate, read_curves, read_runs, run_folder
 from demo.compare.tasks import (
-    CELLS,
-    ENDS,
     GAP,
     PICTURED,
+    SETTINGS,
     TASKS,
+    UNTUNED_MODELS,
     Task,
     at_share,
-    end_folder,
-    gap_cells,
     guarded_share,
-    read_ends,
+    read_untuned,
+    settings_with_gap,
+    untuned_folder,
 )
 
 
@@ -34,16 +34,16 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def gap_table(base: dict, teacher: dict) -> str:
     rows = []
-    for cell in CELLS:
-        values = [measured[cell][key] for key in ("sharpness", "distance") for measured in (base, teacher)]
+    for setting in SETTINGS:
+        values = [measured[setting][key] for key in ("sharpness", "distance") for measured in (base, teacher)]
         sharpness, distance = values[0] - values[1], values[2] - values[3]
-        used = "yes" if cell in gap_cells(base, teacher) else ""
-        rows.append([cell, *(f"{v:.3f}" for v in (*values[:2], sharpness, *values[2:], distance)), used])
+        used = "yes" if setting in settings_with_gap(base, teacher) else ""
+        rows.append([setting, *(f"{v:.3f}" for v in (*values[:2], sharpness, *values[2:], distance)), used])
     columns = [f"{key}, {what}" for key in ("sharpness", "distance") for what in ("base", "teacher", "gap")]
     return markdown(["steps, prompts", *columns, "counts"], rows)
 
@@ -63,11 +63,11 @@ def rates_table(args, task: Task, curves: dict) -> str:
     )
 
 
-def matched_table(chosen: dict, ends: dict[str, dict], share: float, columns: dict[str, str]) -> str:
-    """The rows' curves, and the ends' points, where the share is reached."""
+def matched_table(chosen: dict, untuned: dict[str, dict], share: float, columns: dict[str, str]) -> str:
+    """The untuned models' points, and the rows' curves where the share is reached."""
     titles = ["row", "reach it", "step", *columns.values(), "seconds"]
-    rows = [[end, f"at {spread([point['share']])}", "", *(spread([point[key]]) for key in columns), ""]
-            for end, point in ends.items()]  # fmt: skip
+    rows = [[model, f"at {spread([point['share']])}", "", *(spread([point[key]]) for key in columns), ""]
+            for model, point in untuned.items()]  # fmt: skip
     for name, curves in chosen.items():
         points = [point for curve in curves if (point := at_share(curve, share))]
         values = [spread([point[key] for point in points]) for key in columns]
@@ -109,9 +109,9 @@ def draw_curves(task: Task, chosen: dict) -> Image.Image:
         for color, curves in zip(COLORS, chosen.values()):
             for curve in curves:
                 heights = [min(max((point[key] - low) / (high - low), 0), 1) for point in curve]
-                places = [(left + p["share"] * side, top + (1 - y) * side) for p, y in zip(curve, heights)]
-                canvas.line(places, fill=color, width=2)
-                for x, y in places:
+                points = [(left + p["share"] * side, top + (1 - y) * side) for p, y in zip(curve, heights)]
+                canvas.line(points, fill=color, width=2)
+                for x, y in points:
                     canvas.ellipse((x - 2, y - 2, x + 2, y + 2), fill=color)
     for index, (color, name) in enumerate(zip(COLORS, chosen)):
         x, y = picture.width - 178, margin + 20 * index
@@ -122,7 +122,7 @@ def draw_curves(task: Task, chosen: dict) -> Image.Image:
 
 def draw_samples(args, task: str, chosen: dict, rates: dict, rows: list[int]) -> Image.Image:
     """The same prompts and noise under every model: the tuned ones at their checkpoint closest to the matched share."""
-    pictures = {end: end_folder(args, task, end) / "step-0.png" for end in ENDS}
+    pictures = {model: untuned_folder(args, task, model) / "step-0.png" for model in UNTUNED_MODELS}
     for name, curves in chosen.items():
         point = min(curves[0][1:], key=lambda point: abs(point["share"] - TASKS[task].share))
         pictures[name] = run_folder(args, name, rates[name], args.seeds[0]) / f"step-{point['step']}.png"
@@ -141,19 +141,19 @@ def draw_samples(args, task: str, chosen: dict, rates: dict, rows: list[int]) ->
 
 def report_task(args, task_name: str, names: list[str]) -> list[str]:
     """The task's part of the report; writes its pictures."""
-    task, ends = TASKS[task_name], read_ends(args, task_name)
+    task, untuned = TASKS[task_name], read_untuned(args, task_name)
     curves = {name: read_curves(args, name) for name in names}
     rates = {name: chosen_rate(args, name) for name in names}
     chosen = {name: [c for (rate, _), c in curves[name].items() if rate == rates[name]] for name in names}
-    end_points = {end: task.summarize(cells, **ends) for end, cells in ends.items()}
+    untuned_points = {model: task.summarize(measures, **untuned) for model, measures in untuned.items()}
     text = [f"### {task_name.capitalize()}", "\n".join(f"- *{name}*: {ROWS[name].about}" for name in names), task.about]
     if task_name == "preference":
-        text += ["The distillation gap:", gap_table(**ends)]
+        text += ["The distillation gap:", gap_table(**untuned)]
         text += [f"Retention is the mean over the cells that count, those with a gap in sharpness of at least {GAP}."]
     text += [
         f"At a {task.goal} of {task.share}, linear between checkpoints; mean (lowest to highest) over seeds. Seconds: "
         "CPU time of training, with what must be drawn before it, which is drawn once.",
-        matched_table(chosen, end_points, task.share, task.columns),
+        matched_table(chosen, untuned_points, task.share, task.columns),
         "The furthest checkpoint within the guards:",
         guarded_table(task, chosen),
         f"Learning rates, with the first seed. Chosen: the highest {task.goal} within the guards.",
@@ -161,10 +161,11 @@ def report_task(args, task_name: str, names: list[str]) -> list[str]:
     ]
     if task_name == "preference":
         text += [f"By the number of steps and the kind of prompts, at a {task.goal} of {task.share}:"]
-        for what, cells in {"retention": gap_cells(**ends), "sharpness": CELLS, "distance": CELLS}.items():
-            if cells:
-                columns = {f"{what} {cell}": f"{what}, {cell}" for cell in cells}
-                text += [matched_table(chosen, end_points, task.share, columns)]
+        by_figure = {"retention": settings_with_gap(**untuned), "sharpness": SETTINGS, "distance": SETTINGS}
+        for figure, settings in by_figure.items():
+            if settings:
+                columns = {f"{figure} {setting}": f"{figure}, {setting}" for setting in settings}
+                text += [matched_table(chosen, untuned_points, task.share, columns)]
     draw_curves(task, chosen).save(args.output_dir / f"{task_name}_curves.png")
     text += ["A line a seed, a dot a checkpoint:", f"![Curves]({task_name}_curves.png)"]
     for name, rows in task.pictures.items():

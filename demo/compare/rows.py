@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from demo.compare.tasks import CONCEPT, GOAL, TASKS, choose, finished, load_pipeline, measure, read_ends, scaled
-from demo.evaluate import draw
+from demo.compare.tasks import CONCEPT, GOAL, TASKS, choose, finished, measure, read_untuned, scaled
+from demo.measures import draw_prompts, load_model
 from demo.recipe.common import ARTISTS, DEMO, STYLES, load_drawings, set_learning_rate
 from demo.recipe.distill import regression_step, solve_batch
 from demo.recipe.teacher import DenoisingModel, noise_schedule, tokenize_kinds
 from demo.rewards import twemoji
 from demo.tasks import WINNER, concept_views, write_image_folder
-from pso_utils.prompts import epoch_prompts, load_prompts
-from pso_utils.sdxl import encode_images
+from pso_utils.data.prompts import epoch_prompts, load_prompts
 
 
 MODEL = "--pretrained_model_name_or_path demo/emoji-turbo --resolution 32 --num_inference_steps 4 --vae_batch_size 64"
@@ -72,11 +71,11 @@ def best_of_own_samples(args, folder: Path):
     """The best, by the reward, of each prompt's K samples of the base: as many samples as the online row draws, for
     the same prompts, but all before training. Written as an image folder."""
     count = ONLINE_PROMPTS * scaled(ONLINE_STEPS, args)
-    prompts = epoch_prompts(load_prompts("demo/prompts.txt"), args.seeds[0], 0, count)
+    prompts = epoch_prompts(load_prompts(str(DEMO / "prompts.txt")), seed=args.seeds[0], epoch=0, count=count)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
-    images = draw(load_pipeline(), repeated, 4, args.seeds[0])
+    images = draw_prompts(load_model(), repeated, steps=4, seed=args.seeds[0])
     best = twemoji(images, repeated).view(count, SAMPLES_PER_PROMPT).argmax(dim=1).tolist()
-    kept = [images[index * SAMPLES_PER_PROMPT + place] for index, place in enumerate(best)]
+    kept = [images[prompt * SAMPLES_PER_PROMPT + sample] for prompt, sample in enumerate(best)]
     write_image_folder(folder, {str(index): pair for index, pair in enumerate(zip(kept, prompts))})
 
 
@@ -84,7 +83,7 @@ def views_and_class_samples(args, folder: Path):
     """DreamBooth's prior preservation as an image folder: the views, and as many samples of the class prompt. The mean
     over its images is the mean of the instance loss and the prior loss of weight 1."""
     views, _ = concept_views(CONCEPT)
-    samples = draw(load_pipeline(), [CLASS_PROMPT] * scaled(CLASS_SAMPLES, args), 4, args.seeds[0])
+    samples = draw_prompts(load_model(), [CLASS_PROMPT] * scaled(CLASS_SAMPLES, args), steps=4, seed=args.seeds[0])
     images = [(sample, CLASS_PROMPT) for sample in samples]
     images += [(views[index % len(views)], INSTANCE_PROMPT) for index in range(len(samples))]
     write_image_folder(folder, {str(index): pair for index, pair in enumerate(images)})
@@ -93,14 +92,15 @@ def views_and_class_samples(args, folder: Path):
 def solutions_of_tuned_teacher(args, folder: Path):
     """The solutions of the tuned teacher: its LoRA of the highest share in the row before, fused."""
     runs = [run for run in read_runs(args, "diffusion-teacher") if run["seed"] == args.seeds[0]]
-    run = max(runs, key=lambda run: run["points"][-1]["cells"][GOAL]["share"])
-    pipeline = load_pipeline(DEMO / "emoji-teacher")
+    run = max(runs, key=lambda run: run["points"][-1]["measures"][GOAL]["share"])
+    family = load_model(DEMO / "emoji-teacher")
+    pipeline = family.pipeline
     pipeline.load_lora_weights(run_folder(args, "diffusion-teacher", run["learning_rate"], run["seed"]))
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     teacher, drawings = denoising_model(pipeline), load_drawings()
     input_ids = tokenize_kinds((pipeline.tokenizer, pipeline.tokenizer_2), drawings)
-    targets = encode_images(pipeline, drawings.pixels[:, STYLES.index(WINNER)], 128)
+    targets = family.encode_images(drawings.pixels[:, STYLES.index(WINNER)])
     targets = targets[:, None].expand(-1, len(ARTISTS), -1, -1, -1)  # the tuning set, where distilling had all artists
     batches = scaled(SOLUTIONS // SOLUTIONS_BATCH, args, at_least=1)
     parts = [
@@ -186,8 +186,8 @@ def children_cpu_seconds() -> float:
 def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path) -> list[dict]:
     """Runs the row's training script; returns the step, CPU seconds and folder of each checkpoint's LoRA."""
     steps = scaled(row.steps, args)
-    places = {"tasks": args.output_dir / "tasks", "prepared": prepared_folder(args, row.name)}
-    command = [sys.executable, *(token.format(**places) for token in shlex.split(row.command))]
+    folders = {"tasks": args.output_dir / "tasks", "prepared": prepared_folder(args, row.name)}
+    command = [sys.executable, *(token.format(**folders) for token in shlex.split(row.command))]
     command += ["--learning_rate", learning_rate, "--seed", str(seed), "--max_train_steps", str(steps)]
     command += ["--checkpointing_steps", str(max(1, steps // NUM_CHECKPOINTS)), "--output_dir", str(folder)]
     start, cpu_start = time.time(), children_cpu_seconds()
@@ -210,8 +210,7 @@ def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path)
 def redistill(args, row: Row, learning_rate: str, seed: int, folder: Path) -> list[dict]:
     """A short regression of the distilled UNet, as a whole, onto the tuned teacher's solutions; saves its averages."""
     steps, checkpoints, start = scaled(row.steps, args), [], time.process_time()
-    pipeline = load_pipeline()
-    model = denoising_model(pipeline)
+    model = denoising_model(load_model().pipeline)
     model.unet.requires_grad_(True)
     ema = copy.deepcopy(model.unet).requires_grad_(False)
     solutions = torch.load(prepared_folder(args, row.name) / "solutions.pt", weights_only=True)
@@ -262,7 +261,7 @@ def run(args, name: str, learning_rate: str, seed: int) -> str:
             before = json.loads((prepared_folder(args, name) / "seconds.json").read_text())["seconds"]
         for point in points:
             point["seconds"] += before
-            point["cells"] = measure(args, row.task, folder / point["weights"], folder / f"step-{point['step']}.png")
+            point["measures"] = measure(args, row.task, folder / point["weights"], folder / f"step-{point['step']}.png")
         result = {"learning_rate": learning_rate, "seed": seed, "flags": flags, "before": before, "points": points}
         path.write_text(json.dumps(result))
     return f"{name}, learning rate {learning_rate}, seed {seed}"
@@ -275,11 +274,11 @@ def read_runs(args, name: str) -> list[dict]:
 def read_curves(args, name: str) -> dict[tuple[str, int], list[dict]]:
     """The row's curves, by learning rate and seed."""
     task, curves = ROWS[name].task, {}
-    ends = read_ends(args, task)
+    untuned = read_untuned(args, task)
     for trained in read_runs(args, name):
-        points = [{"cells": ends["base"], "step": 0, "seconds": trained["before"]}, *trained["points"]]
+        points = [{"measures": untuned["base"], "step": 0, "seconds": trained["before"]}, *trained["points"]]
         curves[trained["learning_rate"], trained["seed"]] = [
-            {"step": point["step"], "seconds": point["seconds"], **TASKS[task].summarize(point["cells"], **ends)}
+            {"step": point["step"], "seconds": point["seconds"], **TASKS[task].summarize(point["measures"], **untuned)}
             for point in points
         ]
     return curves

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,19 +12,18 @@ from statistics import mean
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 
-from demo.concept import ConceptYardstick
-from demo.evaluate import draw, grid, paired
-from demo.measures import KINDS, Yardstick, to_pixels
+from demo.concept import ConceptBenchmark
+from demo.measures import KINDS, DrawingBenchmark, draw_prompts, grid, load_model, paired
 from demo.recipe.common import ARTISTS, DEMO, STYLES
 from demo.rewards import twemoji
 from demo.tasks import WINNER
-from pso_utils.mdp import convert_scheduler
+from pso_utils.evaluate.loras import Model, applied
+from pso_utils.families import Family
 
 
 CONCEPT = "snake"  # held out from all training
-ENDS = {"base": None, "teacher": DEMO / "emoji-teacher"}  # the scale's two ends
+UNTUNED_MODELS = {"base": None, "teacher": DEMO / "emoji-teacher"}  # what tuned ones are compared with
 
 
 def start_worker(threads: int):
@@ -37,18 +36,6 @@ def start_worker(threads: int):
 
 def scaled(count: int, args, at_least: int = 2) -> int:
     return max(at_least, round(count * args.fraction))
-
-
-def load_pipeline(weights: Path | None = None) -> StableDiffusionXLPipeline:
-    """The distilled pipeline; `weights` is the folder of a LoRA to load or of a UNet to put in."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "emoji-turbo")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = convert_scheduler(pipeline.scheduler, "lcm")
-    if weights is not None and (weights / "config.json").exists():
-        pipeline.unet = UNet2DConditionModel.from_pretrained(weights)
-    elif weights is not None:
-        pipeline.load_lora_weights(weights)
-    return pipeline
 
 
 def finished(folder: Path, name: str) -> dict | None:
@@ -64,85 +51,85 @@ def finished(folder: Path, name: str) -> dict | None:
 # ---- Measuring ----
 
 STEPS = (1, 2, 4)
-CELLS = [f"{steps} {kind}" for steps in STEPS for kind in KINDS]
+SETTINGS = [f"{steps} {kind}" for steps in STEPS for kind in KINDS]
 GOAL = "4 name"  # the share of these samples that are closest to the preferred artist's drawing, or to the ink's
-SEED, PICTURED = 1_000_000, 11  # of the noise, as in demo.evaluate; images of a cell that are kept
-yardstick, concept_yardstick = cache(Yardstick), cache(ConceptYardstick)
+SEED, PICTURED = 1_000_000, 11  # of the noise, as in demo.evaluate; images of a setting that are kept
+drawing_benchmark, concept_benchmark = cache(DrawingBenchmark), cache(ConceptBenchmark)
 
 
-def cell_images(args, pipeline, styles: tuple[str, ...]):
-    """Yields (cell, prompts, images, their measures), drawn for the same prompts from the same noise by every model."""
-    concepts = yardstick(styles).concepts(scaled(args.num_images, args, at_least=12))
-    for cell in CELLS:
-        steps, kind = cell.split()
-        prompts = yardstick(styles).prompts(kind, concepts)
-        images = draw(pipeline, prompts, int(steps), SEED)
-        yield cell, prompts, images, yardstick(styles).measure(to_pixels(images), kind, concepts)
+def draw_settings(args, family: Family, styles: tuple[str, ...]) -> Iterator[tuple]:
+    """Yields (setting, prompts, images, their figures), drawn for the same prompts from the same noise by every
+    model."""
+    benchmark = drawing_benchmark(styles)
+    concepts = benchmark.concepts(scaled(args.num_images, args, at_least=12))
+    for setting in SETTINGS:
+        steps, kind = setting.split()
+        prompts = benchmark.prompts(kind, concepts)
+        images = draw_prompts(family, prompts, steps=int(steps), seed=SEED)
+        yield setting, prompts, images, benchmark.figures(images, kind, concepts)
 
 
-def measure_preference(args, pipeline) -> tuple[dict, list]:
-    cells, pictures = {}, []
-    for cell, prompts, images, measures in cell_images(args, pipeline, ARTISTS):
-        cells[cell] = {
-            "distance": measures.distance.mean().item(),
-            "sharpness": measures.sharpness,
-            "share": measures.shares[WINNER],
-            "diversity": measures.diversity,
-            "rewards": twemoji(images, prompts).tolist(),
-        }
+def measure_preference(args, family: Family) -> tuple[dict, list]:
+    measures, pictures = {}, []
+    for setting, prompts, images, figures in draw_settings(args, family, ARTISTS):
+        kept = {key: figures[key] for key in ("distance", "sharpness", "diversity")}
+        measures[setting] = {**kept, "share": figures[WINNER], "rewards": twemoji(images, prompts).tolist()}
         pictures.append(images[:PICTURED])
-    return cells, pictures
+    return measures, pictures
 
 
-def measure_style(args, pipeline) -> tuple[dict, list]:
-    cells, pictures = {}, []
-    for cell, _, images, measures in cell_images(args, pipeline, STYLES):
-        cells[cell] = {
-            "distance": measures.style_distances[:, STYLES.index("ink")].mean().item(),
-            "sharpness": yardstick(STYLES).ratio_to(to_pixels(images), "ink"),
-            "share": measures.shares["ink"],
-            "diversity": measures.diversity,
-        }
+def measure_style(args, family: Family) -> tuple[dict, list]:
+    measures, pictures = {}, []
+    for setting, _, images, figures in draw_settings(args, family, STYLES):
+        kept = {key: figures[f"ink {key}"] for key in ("distance", "sharpness")}
+        measures[setting] = {**kept, "share": figures["ink"], "diversity": figures["diversity"]}
         pictures.append(images[:PICTURED])
-    return cells, pictures
+    return measures, pictures
 
 
-def measure_concept(args, pipeline) -> tuple[dict, list]:
-    measures = concept_yardstick(CONCEPT).measure(pipeline, scaled(args.num_images, args, at_least=12), SEED)
-    cells = {key: scores.tolist() for key, scores in measures.scores.items()}
-    images = measures.images
-    return cells | {"class diversity": measures.class_diversity}, [images[:PICTURED], images[PICTURED:]]
+def measure_concept(args, family: Family) -> tuple[dict, list]:
+    num_images = scaled(args.num_images, args, at_least=12)
+    measured = concept_benchmark(CONCEPT).measure(family, num_images, seed=SEED)
+    measures = {key: scores.tolist() for key, scores in measured.scores.items()}
+    pictures = [measured.images[:PICTURED], measured.images[PICTURED:]]
+    return measures | {"class diversity": measured.class_diversity}, pictures
 
 
-@torch.no_grad()
 def measure(args, task: str, weights: Path | None, picture: Path) -> dict:
-    cells, pictures = TASKS[task].measure(args, load_pipeline(weights))
+    """Measures the distilled model with the LoRA or the denoiser in the folder `weights`, and draws `picture`."""
+    is_denoiser = weights is not None and (weights / "config.json").exists()
+    family = load_model(weights if is_denoiser else None)
+    lora = None if is_denoiser or weights is None else str(weights)
+    with applied(family.pipeline, Model("tuned", lora)):
+        measures, pictures = TASKS[task].measure(args, family)
     grid(pictures, scale=1).save(picture)
-    return cells
+    return measures
 
 
-def end_folder(args, task: str, end: str) -> Path:
-    return args.output_dir / f"{end}-{task}"
+def untuned_folder(args, task: str, model: str) -> Path:
+    return args.output_dir / f"{model}-{task}"
 
 
-def measure_end(args, task: str, end: str) -> str:
-    folder = end_folder(args, task, end)
+def measure_untuned(args, task: str, model: str) -> str:
+    folder = untuned_folder(args, task, model)
     if finished(folder, "run.json") is None:
-        (folder / "run.json").write_text(json.dumps(measure(args, task, ENDS[end], folder / "step-0.png")))
-    return f"{end}, {task}"
+        measures = measure(args, task, UNTUNED_MODELS[model], folder / "step-0.png")
+        (folder / "run.json").write_text(json.dumps(measures))
+    return f"{model}, {task}"
 
 
-def read_ends(args, task: str) -> dict[str, dict]:
-    return {end: json.loads((end_folder(args, task, end) / "run.json").read_text()) for end in ENDS}
+def read_untuned(args, task: str) -> dict[str, dict]:
+    """base and teacher -> what was measured."""
+    return {model: json.loads((untuned_folder(args, task, model) / "run.json").read_text()) for model in UNTUNED_MODELS}
 
 
 # ---- Comparing: a curve is a list of points, each a flat dict of numbers, the base first ----
 
-GAP = 0.1  # of sharpness between base and teacher: below it distillation gave a cell nothing to lose
+GAP = 0.1  # of sharpness between base and teacher: below it distillation gave a setting nothing to lose
 
 
-def gap_cells(base: dict, teacher: dict) -> list[str]:
-    return [cell for cell in CELLS if base[cell]["sharpness"] - teacher[cell]["sharpness"] >= GAP]
+def settings_with_gap(base: dict, teacher: dict) -> list[str]:
+    return [setting for setting in SETTINGS if base[setting]["sharpness"] - teacher[setting]["sharpness"] >= GAP]
 
 
 def retention(tuned: float, base: float, teacher: float) -> float:
@@ -150,23 +137,23 @@ def retention(tuned: float, base: float, teacher: float) -> float:
     return (tuned - teacher) / (base - teacher)
 
 
-def summarize_preference(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+def summarize_preference(measures: dict, base: dict, teacher: dict) -> dict[str, float]:
     """Distances, sharpness and diversity are ratios to the base's; the reward's gain is in the base's standard
     deviations."""
     point = {}
-    for cell in CELLS:
-        point[f"distance {cell}"] = cells[cell]["distance"] / base[cell]["distance"]
-        point[f"sharpness {cell}"] = cells[cell]["sharpness"] / base[cell]["sharpness"]
-    for cell in gap_cells(base, teacher):
-        values = (measured[cell]["sharpness"] for measured in (cells, base, teacher))
-        point[f"retention {cell}"] = retention(*values)
+    for setting in SETTINGS:
+        point[f"distance {setting}"] = measures[setting]["distance"] / base[setting]["distance"]
+        point[f"sharpness {setting}"] = measures[setting]["sharpness"] / base[setting]["sharpness"]
+    for setting in settings_with_gap(base, teacher):
+        values = (measured[setting]["sharpness"] for measured in (measures, base, teacher))
+        point[f"retention {setting}"] = retention(*values)
     kept = [value for key, value in point.items() if key.startswith("retention")]
     point["retention"] = mean(kept) if kept else math.nan
     for steps in STEPS:
         point[f"distance {steps}"] = mean(point[f"distance {steps} {kind}"] for kind in KINDS)
-    rewards = [torch.tensor(measured[GOAL]["rewards"]) for measured in (cells, base)]
-    point |= {"share": cells[GOAL]["share"], "gain": paired(*rewards)["base_deviations"]}
-    point["diversity"] = cells["4 class"]["diversity"] / base["4 class"]["diversity"]
+    rewards = [torch.tensor(measured[GOAL]["rewards"]) for measured in (measures, base)]
+    point |= {"share": measures[GOAL]["share"], "gain": paired(*rewards)["base_deviations"]}
+    point["diversity"] = measures["4 class"]["diversity"] / base["4 class"]["diversity"]
     return point
 
 
@@ -176,11 +163,13 @@ def preference_guards(point: dict) -> bool:
     return kept and point["diversity"] >= 0.8
 
 
-def summarize_style(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+def summarize_style(measures: dict, base: dict, teacher: dict) -> dict[str, float]:
     """Distances are to the ink drawings, sharpness is a ratio to their reconstructions', diversity to the base's."""
-    point = {f"{key} {cell}": cells[cell][key] for cell in CELLS for key in ("share", "distance", "sharpness")}
-    point["diversity"] = cells["4 class"]["diversity"] / base["4 class"]["diversity"]
-    return point | {"share": cells[GOAL]["share"]}
+    point = {
+        f"{key} {setting}": measures[setting][key] for setting in SETTINGS for key in ("share", "distance", "sharpness")
+    }
+    point["diversity"] = measures["4 class"]["diversity"] / base["4 class"]["diversity"]
+    return point | {"share": measures[GOAL]["share"]}
 
 
 def style_guards(point: dict) -> bool:
@@ -188,17 +177,17 @@ def style_guards(point: dict) -> bool:
     return kept and point["diversity"] >= 0.8
 
 
-def summarize_concept(cells: dict, base: dict, teacher: dict) -> dict[str, float]:
+def summarize_concept(measures: dict, base: dict, teacher: dict) -> dict[str, float]:
     """Gains are paired differences to the base in standard errors; the class's figures are ratios to the base's."""
-    means = {key: mean(cells[key]) for key in ("image cosine", "closeness", "class clip")}
-    gains = {key: paired(torch.tensor(cells[key]), torch.tensor(base[key]))["standard_errors"] for key in means}
+    means = {key: mean(measures[key]) for key in ("image cosine", "closeness", "class clip")}
+    gains = {key: paired(torch.tensor(measures[key]), torch.tensor(base[key]))["standard_errors"] for key in means}
     return {
         "share": means["image cosine"],
         "cosine gain": gains["image cosine"],
         "distance": -means["closeness"],
         "distance gain": gains["closeness"],
         "class clip": means["class clip"] / mean(base["class clip"]),
-        "class diversity": cells["class diversity"] / base["class diversity"],
+        "class diversity": measures["class diversity"] / base["class diversity"],
     }
 
 
@@ -212,7 +201,7 @@ class Task:
     """What rows are tuned to and how they are judged.
 
     Attributes:
-        measure: (args, pipeline) -> what is measured of a model's samples, and rows of pictures.
+        measure: (args, family) -> what is measured of a model's samples, and rows of pictures.
         summarize: (of a model, of the base, of the teacher) -> a curve's point; its `share` is the goal.
         holds_guards: whether a point is still on the data.
         goal: what a point's `share` is called in the report.
@@ -234,8 +223,8 @@ class Task:
     pictures: dict[str, list[int]]
 
 
-def cells_of(steps: int) -> list[int]:
-    return [CELLS.index(f"{steps} {kind}") for kind in KINDS]
+def picture_rows(steps: int) -> list[int]:
+    return [SETTINGS.index(f"{steps} {kind}") for kind in KINDS]
 
 
 # 1.5 times the distance at which the row ink-regression ends (0.436 to 0.443, three seeds). A sample that is farther
@@ -268,7 +257,7 @@ TASKS = {
             "distance 1": ("distance at 1 step / base's", 0.5, 3.0),
             "distance 4": ("distance at 4 steps / base's", 0.5, 3.0),
         },
-        {f"preference_{steps}": cells_of(steps) for steps in STEPS},
+        {f"preference_{steps}": picture_rows(steps) for steps in STEPS},
     ),
     "style": Task(
         measure_style,
@@ -293,7 +282,7 @@ TASKS = {
             "sharpness 4 name": ("sharpness, 4 steps, name", 0.0, 1.5),
             "sharpness 1 name": ("sharpness, 1 step, name", 0.0, 1.5),
         },
-        {f"style_{steps}": cells_of(steps) for steps in STEPS},
+        {f"style_{steps}": picture_rows(steps) for steps in STEPS},
     ),
     "concept": Task(
         measure_concept,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -13,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from pso_utils.data.loader import Minibatch, PairBatch, PairLoader, RecordBatch
 from pso_utils.families import Family
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
 
@@ -123,7 +123,8 @@ class LatentCache:
         flips, source = (False, True) if self.loader.random_flip else (False,), self.loader.source
         count = len(source) * (1 + source.has_references) * len(flips)
         size = count * 4 * math.prod(self.family.latent_shape(self.loader.resolution, self.loader.resolution))
-        logger.info(f"the cache will hold {count} latents, {size / 1e6:.1f} MB on disk")
+        if self.accelerator.is_main_process:
+            logger.info(f"the cache will hold {count} latents, {size / 1e6:.1f} MB on disk")
         total = math.ceil(len(source) / self.accelerator.num_processes) * len(flips)
         bar = tqdm(total=total, disable=not self.accelerator.is_local_main_process, desc="encoding", leave=False)
         with bar, self.family.parts_loaded():

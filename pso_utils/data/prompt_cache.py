@@ -36,7 +36,7 @@ class PromptCache:
                 batch = missing[start : start + BATCH_SIZE]
                 padded = batch + batch[-1:] * (BATCH_SIZE - len(batch))
                 for prompt, row in zip(batch, self.family.encode_prompts(padded)):
-                    rows[prompt] = row.to("cpu")
+                    rows[prompt] = row.to("cpu", copy=True)  # not a view that keeps its whole batch
                     if self.store is not None:
                         self.store.put(self._key(prompt), rows[prompt])
         for prompt, row in rows.items():

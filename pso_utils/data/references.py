@@ -64,13 +64,13 @@ class References:
             lines = [{"file_name": self.path(i).name, "text": caption} for i, caption in enumerate(self.captions)]
             (self.folder / METADATA_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
         self.accelerator.wait_for_everyone()
-        missing = [index for index in self.own_indices if not self.path(index).is_file()]
-        progress(len(self.own_indices) - len(missing))
-        for start in range(0, len(missing), self.batch_size):
-            indices = missing[start : start + self.batch_size]
-            seeds = [self._seed(step, index) for index in indices]
-            for index, image in zip(indices, self.draw([self.captions[index] for index in indices], seeds)):
-                write_image(image, self.path(index))
+        for start in range(0, len(self.own_indices), self.batch_size):
+            indices = self.own_indices[start : start + self.batch_size]
+            # Always in the same batches: in others a resumed run's images might differ in their last bits
+            if not all(self.path(index).is_file() for index in indices):
+                seeds = [self._seed(step, index) for index in indices]
+                for index, image in zip(indices, self.draw([self.captions[index] for index in indices], seeds)):
+                    write_image(image, self.path(index))
             progress(len(indices))
         self.accelerator.wait_for_everyone()
 
@@ -116,20 +116,25 @@ class ReferenceLatents:
     def cache(self) -> TensorCache:
         return TensorCache(self.references.folder / "latents")
 
-    def fill(self):
-        """Encodes this process's part of the current references that is not there yet; all processes call it after each
-        refresh. Always in the same batches: in others a resumed run's latents might differ in their last bits."""
-        if not self.is_cached:
-            return
-        own, batch_size = self.references.own_indices, self.references.batch_size
-        for flip in (False, True) if self.random_flip else (False,):
-            for start in range(0, len(own), batch_size):
-                indices = own[start : start + batch_size]
-                if not all(_key(index, flip) in self.cache for index in indices):
-                    latents = self.family.encode_images(self.references.pixels(indices, [flip] * len(indices)))
-                    for index, row in zip(indices, latents.cpu()):
-                        self.cache.put(_key(index, flip), {"latents": row})
+    def refresh(self, step: int, progress: Callable[[int], None] = lambda count: None):
+        """`References.refresh`, and the latents of what is current now, where they are kept; what is offloaded moves
+        once. All processes call it."""
+        with self.family.parts_loaded():
+            self.references.refresh(step, progress)
+            if self.is_cached:
+                for flip in (False, True) if self.random_flip else (False,):
+                    self._fill(flip)
         self.references.accelerator.wait_for_everyone()
+
+    def _fill(self, flip: bool):
+        """Encodes this process's part that is not there yet. Always in the same batches, too."""
+        own, batch_size = self.references.own_indices, self.references.batch_size
+        for start in range(0, len(own), batch_size):
+            indices = own[start : start + batch_size]
+            if not all(_key(index, flip) in self.cache for index in indices):
+                latents = self.family.encode_images(self.references.pixels(indices, [flip] * len(indices)))
+                for index, row in zip(indices, latents.cpu()):
+                    self.cache.put(_key(index, flip), {"latents": row})
 
     def __call__(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """Latents [B, C, h, w], float32, on the family's device, of current references, mirrored where `flipped`."""

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +18,9 @@ from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.evaluate.loras import Model, applied, source_state
 from pso_utils.evaluate.plan import Plan, Sample, Setting
 from pso_utils.families import Conditioning, Deployment, Family
+
+
+Batch = tuple[Model, Setting, list[Sample]]
 
 
 class Images:
@@ -50,7 +52,7 @@ class Images:
             return False
         return key == self._key(model, setting, sample)
 
-    def write(self, batch: "Batch", images: Sequence[Image.Image], *, seconds: float):
+    def write(self, batch: Batch, images: Sequence[Image.Image], *, seconds: float):
         """Writes the PNGs of a batch: whole or not at all, and all at once, for a run that is killed. A batch of which
         some are there would go on with fewer images, whose bits may be others. `seconds` are those of each."""
         model, setting, samples = batch
@@ -74,12 +76,6 @@ class Images:
             return float(image.info["seconds"])
 
 
-class Batch(NamedTuple):
-    model: Model
-    setting: Setting
-    samples: list[Sample]
-
-
 def batches_of(items: Sequence, size: int, accelerator: Accelerator) -> Iterator[Sequence]:
     """This process's batches. They are the same batches whatever the number of processes, and so are their images'
     bits."""
@@ -90,31 +86,32 @@ def batches_of(items: Sequence, size: int, accelerator: Accelerator) -> Iterator
 def pending_batches(plan: Plan, images: Images, accelerator: Accelerator, *, batch_size: int) -> list[Batch]:
     """This process's batches, row by row, with those of their images that are not drawn."""
     batches = [
-        Batch(model, setting, [sample for sample in samples if not images.is_drawn(model, setting, sample)])
+        (model, setting, [sample for sample in samples if not images.is_drawn(model, setting, sample)])
         for model, setting in plan.rows
         for samples in batches_of(plan.samples, batch_size, accelerator)
     ]
-    return [batch for batch in batches if batch.samples]
+    return [batch for batch in batches if batch[-1]]
 
 
 @torch.no_grad()
 def draw_pending(family: Family, batches: list[Batch], images: Images, *, cache_dir: str | None, show_progress: bool):
     """Draws and writes the batches, which are ordered by model."""
-    total = sum(len(batch.samples) for batch in batches)
+    total = sum(len(samples) for _, _, samples in batches)
     base_encode = PromptCache(family)
     with tqdm(total=total, desc="drawing", unit="image", disable=not show_progress) as bar:
-        for model, own in itertools.groupby(batches, key=lambda batch: batch.model):
+        for model, own in itertools.groupby(batches, key=lambda batch: batch[0]):
             bar.set_postfix(model=model.name)
             with applied(family.pipeline, model, cache_dir=cache_dir):
                 # a LoRA of the text encoders changes what they make of prompts
                 is_changed = any(getattr(encoder, "peft_config", None) for encoder in family.text_encoders)
                 encode = PromptCache(family) if is_changed else base_encode
-                for batch in own:
-                    conditionings = encode([sample.prompt for sample in batch.samples])
-                    seeds, start = [sample.seed for sample in batch.samples], time.perf_counter()
-                    drawn = draw(family, conditionings, seeds, deployment=batch.setting.deployment)
-                    images.write(batch, drawn, seconds=(time.perf_counter() - start) / len(seeds))
-                    bar.update(len(seeds))
+                for _, setting, samples in own:
+                    conditionings = encode([sample.prompt for sample in samples])
+                    seeds, start = [sample.seed for sample in samples], time.perf_counter()
+                    drawn = draw(family, conditionings, seeds, deployment=setting.deployment)
+                    seconds = (time.perf_counter() - start) / len(samples)
+                    images.write((model, setting, samples), drawn, seconds=seconds)
+                    bar.update(len(samples))
 
 
 def draw(

@@ -1,28 +1,14 @@
 """Fidelity: how close samples are to a subject's pictures, or to the images that come with the prompts."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pso_utils.data.images import decode_image
-from pso_utils.data.readers import images_of_folder
-
 
 # ---- To a subject: the measures of DreamBooth (arXiv 2208.12242), as rewards ----
-
-
-def load_reference_images(folder: str) -> list[Image.Image]:
-    """The images of a folder, RGB.
-
-    Raises:
-        UserError: there is no such folder, no image in it, or a broken one.
-    """
-    files = images_of_folder(Path(folder).expanduser(), f"--reference_images {folder}")
-    return [decode_image(file) for file in files]
 
 
 class VisionImages:

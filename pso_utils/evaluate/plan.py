@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from pso_utils.data.images import decode_image
 from pso_utils.data.pairs import Table, load_images
 from pso_utils.data.prompts import load_prompts
+from pso_utils.data.readers import images_of_folder
 from pso_utils.errors import UserError
-from pso_utils.evaluate.fidelity import load_reference_images
 from pso_utils.evaluate.loras import Model, check_lora, empty_parts, find_lora, source_state
 from pso_utils.families import Deployment
 from pso_utils.families.loading import ModelInfo
@@ -112,12 +113,10 @@ class Plan:
     def images_per_prompt(self) -> int:
         return 1 + self.samples[-1].image_index
 
-    def prompt_groups(self) -> dict[str, list[int]]:
-        """Prompt -> the indices of its samples, be it repeated in the list of prompts or not."""
-        groups: dict[str, list[int]] = {}
-        for index, sample in enumerate(self.samples):
-            groups.setdefault(sample.prompt, []).append(index)
-        return groups
+    @property
+    def prompts(self) -> list[str]:
+        """Of the samples. Where one is repeated in the list of prompts, its samples count as one prompt's."""
+        return [sample.prompt for sample in self.samples]
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
@@ -133,8 +132,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if args.reward_model and not rewards:
         raise UserError("--reward_model without --reward: pass --reward, too, or drop it")
     prompts, data = read_prompts(args)
-    references = load_reference_images(args.reference_images) if args.reference_images else []
-    rewards += find_subject_models(args)
+    references, subject_models = find_subject(args)
     info = check_model(args)
     settings = make_settings(args, info)
     if args.lora:
@@ -146,7 +144,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for index, prompt in enumerate(prompts)
         for image in range(args.images_per_prompt)
     ]
-    return Plan(info, models, settings, samples, rewards, references, data, Path(args.output_dir))
+    return Plan(info, models, settings, samples, rewards + subject_models, references, data, Path(args.output_dir))
 
 
 def find_models(loras: list[str], scale: float) -> list[Model]:
@@ -160,19 +158,22 @@ def find_models(loras: list[str], scale: float) -> list[Model]:
     return models
 
 
-def find_subject_models(args: argparse.Namespace) -> list[RewardSpec]:
-    if args.subject_vision_model and not args.reference_images:
-        raise UserError("--subject_vision_model needs --reference_images: pass a folder with the subject's pictures")
-    models = {"CLIP-I": args.subject_clip_model, "DINO": args.subject_vision_model} if args.reference_images else {}
+def find_subject(args: argparse.Namespace) -> tuple[list[Image.Image], list[RewardSpec]]:
+    """A subject's pictures, and the models that compare samples to them."""
+    if not args.reference_images:
+        if args.subject_vision_model:
+            raise UserError("--subject_vision_model needs --reference_images: pass a folder of the subject's pictures")
+        return [], []
+    folder = Path(args.reference_images).expanduser()
+    references = [decode_image(file) for file in images_of_folder(folder, f"--reference_images {folder}")]
+    models = {"CLIP-I": args.subject_clip_model, "DINO": args.subject_vision_model}
     specs = [RewardSpec(name, 1.0, model) for name, model in models.items() if model]
     for name, _, model in specs:
         check_exists(model, SUBJECT_FLAGS[name])
-        folder = Path(model).expanduser()
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise UserError(
-                f"{SUBJECT_FLAGS[name]}: {model} has no config.json; pass a model's folder, with its image processor"
-            )
-    return specs
+        if Path(model).expanduser().exists() and not Path(model, "config.json").expanduser().is_file():
+            message = f"{model} has no config.json; pass a model's folder, with its image processor in it"
+            raise UserError(f"{SUBJECT_FLAGS[name]}: {message}")
+    return references, specs
 
 
 def read_prompts(args: argparse.Namespace) -> tuple[list[str], Table | None]:
@@ -204,26 +205,25 @@ def noise_seed(seed: int, prompt_index: int, image_index: int) -> int:
 
 # ---- What is kept of the flags ----
 
+MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
+                 "distillation_lora"]  # fmt: skip
+MODEL_FLAGS = ["revision", "variant", "scheduler", "timestep_spacing", "original_inference_steps", "guidance_scale",
+               "allow_tf32", "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
+
 
 def model_settings(args: argparse.Namespace) -> dict:
     """All that images depend on beside LoRA, deployment, prompt and seed; JSON."""
-    sources = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
-               "distillation_lora"]  # fmt: skip
-    flags = ["revision", "variant", "scheduler", "timestep_spacing", "original_inference_steps", "guidance_scale",
-             "allow_tf32", "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
-    settings = {name: source_state(getattr(args, name)) for name in sources}
-    return settings | {name: getattr(args, name) for name in flags} | {"mixed_precision": mixed_precision(args)}
+    settings = {name: source_state(getattr(args, name)) for name in MODEL_SOURCES}
+    return settings | {name: getattr(args, name) for name in MODEL_FLAGS} | {"mixed_precision": mixed_precision(args)}
 
 
 def header(args: argparse.Namespace) -> dict:
     """What results.json begins with: the report's title, lines that say what was compared and how, and the flags."""
     base, loras = Path(args.pretrained_model_name_or_path).name, [text.partition("=")[0] for text in args.lora]
     title = f"{base} and its LoRAs {', '.join(loras)}" if len(loras) > 1 else " with ".join([base, *loras])
-    flags = ["pretrained_vae_model_name_or_path", "distilled_unet", "distillation_lora", "scheduler", "eta",
-             "guidance_scale", "mixed_precision"]  # fmt: skip
-    lines = [f"base: {args.pretrained_model_name_or_path}"]
-    lines += [f"{flag}: {value}" for flag in flags if (value := getattr(args, flag)) is not None]
+    flags, lines = vars(args), [f"base: {args.pretrained_model_name_or_path}"]
+    lines += [f"{name}: {flags[name]}" for name in [*MODEL_SOURCES[1:], *MODEL_FLAGS, "eta", "mixed_precision"]
+              if flags[name] not in (None, False)]  # fmt: skip
     lines += [f"{args.resolution} px", f"prompts: {args.prompts or args.dataset_name}", f"seed {args.seed}"]
-    if loras and args.lora_scale != 1:
-        lines.append(f"LoRA scale {args.lora_scale:g}")
-    return {"title": title, "settings": lines, "flags": vars(args)}
+    lines += [f"LoRA scale {args.lora_scale:g}"] if loras and args.lora_scale != 1 else []
+    return {"title": title, "settings": lines, "flags": flags}

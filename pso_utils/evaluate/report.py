@@ -14,7 +14,7 @@ from string import Template
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pso_utils.run.grids import fit_tile, shorten
+from pso_utils.run.grids import image_grid, shorten
 
 
 COLORS = ["#5f6368", "#1a73e8", "#d93025", "#188038", "#e37400", "#9334e6", "#12858d", "#b31412"]
@@ -35,20 +35,16 @@ def number(value: float | None, error: float | None = None, *, sign: bool = Fals
     return f"{value:{'+' if sign else ''}.4g}" if value else "0"
 
 
-def plus_minus(score: dict) -> str:
-    error = score["standard_error"]
-    return "" if error is None else f" ± {number(error, error)}"
-
-
-def gain(score: dict) -> str:
-    """The difference to the base, with its interval."""
+def score_texts(score: dict) -> tuple[str, str, str, str]:
+    """A score's mean, its error, and for a LoRA the gain over the base with its interval, and the wins."""
+    error, own_error = score["standard_error"], score.get("difference_standard_error")
+    mean, error = number(score["mean"], error), "" if error is None else f" ± {number(error, error)}"
+    if "difference" not in score:
+        return mean, error, "", ""
     values = [score["difference"], *score["interval"]]
-    difference, low, high = (number(value, score["difference_standard_error"], sign=True) for value in values)
-    return f"{difference} [{low}, {high}]"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f}%"
+    gain, low, high = (number(value, own_error, sign=True) for value in values)
+    wins = "–" if score["win_rate"] is None else f"{100 * score['win_rate']:.0f}%"
+    return mean, error, f"{gain} [{low}, {high}]", wins
 
 
 def labels_of(results: dict) -> dict[str, str]:
@@ -71,28 +67,27 @@ def notes(results: dict) -> list[str]:
     """What a reader of the numbers must know, failures first."""
     lines, labels = [], labels_of(results)
     for measure in results["measures"]:
-        total, failed = 0, []
-        for row in results["rows"]:
-            score = row["scores"][measure["name"]]
-            total += score["count"] + score["failed"]
-            failed += [(score["failed"], f"{row['model']}, {steps_label(row['steps'])}")] if score["failed"] else []
+        rows = {f"{row['model']}, {steps_label(row['steps'])}": row["scores"] for row in results["rows"]}
+        scores = {row: by_name[measure["name"]] for row, by_name in rows.items()}
+        failed = {row: score["failed"] for row, score in scores.items() if score["failed"]}
         if failed and measure["kind"] != "data":  # of the data's, a single image has no diversity: no failure
-            where = "; ".join(f"{row}: {count}" for count, row in failed)
+            total = sum(score["count"] + score["failed"] for score in scores.values())
             lines.append(
-                f"{labels[measure['name']]} failed on {sum(count for count, _ in failed)} of {total} images ({where}): "
-                "they are left out, in gains and wins with their partners."
+                f"{labels[measure['name']]} failed on {sum(failed.values())} of {total} images "
+                f"({'; '.join(f'{row}: {count}' for row, count in failed.items())}): they are left out, in gains and "
+                "wins with their partners."
             )
     counts = f"Prompts: {results['num_prompts']}, images of each: {results['images_per_prompt']}"
-    text = f"{counts}; every model draws from the same noise. "
-    if results["measures"]:
-        text += (
+    text = [f"{counts}; every model draws from the same noise."]
+    if labels:
+        text.append(
             "Mean ± standard error over prompts; gain: the mean difference to the base from the same noise, with its "
             "95% bootstrap interval over prompts; wins: the share of images that score better than the base's, a tie "
-            "counting half. "
+            "counting half."
         )
     if not all(measure["higher_is_better"] for measure in results["measures"]):
-        text += "↓: lower is better. "
-    return [*lines, text + "Time: drawing and decoding on one process, its median."]
+        text.append("↓: lower is better.")
+    return [*lines, " ".join([*text, "Time: drawing and decoding on one process, its median."])]
 
 
 # ---- Markdown ----
@@ -105,18 +100,14 @@ def markdown_table(results: dict) -> str:
     for row in results["rows"]:
         line = [row["model"], row["steps"]]
         for name in labels:
-            score = row["scores"][name]
-            line.append(number(score["mean"], score["standard_error"]) + plus_minus(score))
-            if "difference" in score:
-                line += [gain(score), percent(score["win_rate"])]
-            else:
-                line += ["", ""]
+            mean, error, gain, wins = score_texts(row["scores"][name])
+            line += [mean + error, gain, wins]
         lines.append(line + [f"{row[key]:.3g}" for key in TIMINGS])
     header += TIMINGS.values()
     # a "|" in the name of one's own reward would end its column
     table = [[text.replace("|", "&#124;") for text in line] for line in [header, ["---"] * len(header), *lines]]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-    return text + "\n\n" + "\n".join(f"- {line}" for line in notes(results)) + "\n"
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return "\n".join([*lines, "", *(f"- {line}" for line in notes(results)), ""])
 
 
 # ---- Pictures ----
@@ -124,23 +115,18 @@ def markdown_table(results: dict) -> str:
 
 def model_grid(rows: dict[str, Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
     """Rows: models; columns: prompts. Images of one column are drawn from the same noise."""
-    tiles = [[fit_tile(image, largest=256) for image in images] for images in rows.values()]
-    width, height = tiles[0][0].size
-    font = ImageFont.load_default(size=13)
-    gap, margin = 4, 8
-    left = margin + min(180, max(int(font.getlength(name)) for name in rows)) + margin
-    top = margin + 18
-    size = (left + len(prompts) * (width + gap), top + len(rows) * (height + gap) + margin)
-    picture = Image.new("RGB", size, "white")
+    gap, margin, font = 4, 8, ImageFont.load_default(size=13)
+    grid = image_grid([image for row in rows.values() for image in row], len(prompts), gap=gap, largest=256)
+    width, height = (grid.width + gap) // len(prompts), (grid.height + gap) // len(rows)
+    left, top = 2 * margin + min(180, max(int(font.getlength(name)) for name in rows)), margin + 18
+    picture = Image.new("RGB", (left + grid.width + gap, top + grid.height + margin), "white")
+    picture.paste(grid, (left, top))
     draw = ImageDraw.Draw(picture)
     for column, prompt in enumerate(prompts):
-        caption = shorten(prompt or "(no prompt)", width, font)
-        draw.text((left + column * (width + gap), margin), caption, fill="dimgray", font=font)
-    for row, (name, images) in enumerate(zip(rows, tiles)):
-        y = top + row * (height + gap)
-        draw.text((margin, y + height // 2 - 8), shorten(name, 180, font), fill="black", font=font)
-        for column, image in enumerate(images):
-            picture.paste(image, (left + column * (width + gap), y))
+        caption = shorten(prompt or "(no prompt)", width - gap, font)
+        draw.text((left + column * width, margin), caption, fill="dimgray", font=font)
+    for row, name in enumerate(rows):
+        draw.text((margin, top + row * height + height // 2 - 8), shorten(name, 180, font), fill="black", font=font)
     return picture
 
 
@@ -240,9 +226,13 @@ def html_report(
         plot: of several numbers of steps.
     """
     labels, num_prompts, plot_section = labels_of(results), results["num_prompts"], ""
-    if plot is not None:  # it is drawn at twice its size
+    if plot is not None:  # shown at half the size that it is drawn at
         image = f'<img class=plot alt="the scores against the steps" width={plot.width // 2} src="{data_uri(plot)}">'
         plot_section = f"<h2>By number of steps</h2>{image}"
+    captions = {steps: f"<figcaption>{html.escape(steps_label(steps))}</figcaption>" for steps in grids}
+    figures = [
+        f'<figure>{captions[steps]}<img alt="" src="{data_uri(grid)}"></figure>' for steps, grid in grids.items()
+    ]
     cards = [_card(index, prompt, pictures) for index, (prompt, pictures) in enumerate(cards)]
     measures = [
         {"name": measure["name"], "label": labels[measure["name"]], "sign": 1 if measure["higher_is_better"] else -1}
@@ -256,15 +246,11 @@ def html_report(
         table=_html_table(results),
         notes="".join(f"<p class=note>{html.escape(line)}</p>" for line in notes(results)),
         plot=plot_section,
-        grids="".join(_figure(steps_label(steps), data_uri(grid)) for steps, grid in grids.items()),
+        grids=figures,
         count=f"{len(cards)} of {num_prompts}" if len(cards) < num_prompts else f"all {num_prompts}",
         cards="".join(cards),
         data=json.dumps(data).replace("</", "<\\/"),
     )
-
-
-def _figure(caption: str, source: str) -> str:
-    return f'<figure><figcaption>{html.escape(caption)}</figcaption><img alt="" src="{source}"></figure>'
 
 
 def _html_table(results: dict) -> str:
@@ -282,17 +268,14 @@ def _html_table(results: dict) -> str:
 
 
 def _html_score(score: dict, higher_is_better: bool) -> str:
-    mean, error = number(score["mean"], score["standard_error"]), plus_minus(score)
-    if "difference" not in score:
-        return f"<td><b>{mean}</b><span class=error>{error}</span></td>"
-    low, high = score["interval"]
-    verdict = "even"
-    if low is not None and not low <= 0 <= high:
-        verdict = "better" if (low > 0) == higher_is_better else "worse"
-    return (
-        f"<td><b>{mean}</b><span class=error>{error}</span><div class='gain {verdict}'>{gain(score)}</div>"
-        f"<div class=wins>wins {percent(score['win_rate'])}</div></td>"
-    )
+    mean, error, gain, wins = score_texts(score)
+    text = f"<td><b>{mean}</b><span class=error>{error}</span>"
+    if gain:
+        (low, high), verdict = score["interval"], "even"
+        if low is not None and not low <= 0 <= high:
+            verdict = "better" if (low > 0) == higher_is_better else "worse"
+        text += f"<div class='gain {verdict}'>{gain}</div><div class=wins>wins {wins}</div>"
+    return text + "</td>"
 
 
 def _card(index: int, prompt: str, pictures: dict[str, dict[str, list[Image.Image]]]) -> str:

@@ -30,8 +30,8 @@ def without_nan(value):
 
 def summarize(plan: Plan, images: Images, scores: Scores) -> list[dict]:
     """The tables' rows, one for each model and setting."""
-    numbers = {prompt: number for number, prompt in enumerate(plan.prompt_groups())}
-    prompts = np.array([numbers[sample.prompt] for sample in plan.samples])
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(plan.prompts))}
+    prompts = np.array([numbers[prompt] for prompt in plan.prompts])
     rows = []
     for index, (model, setting) in enumerate(plan.rows):
         # the median, in which the first batch's warming up does not show
@@ -81,7 +81,7 @@ def pictures_of(plan: Plan, images: Images, prompt_index: int) -> dict[str, dict
 def write_results(plan: Plan, images: Images, scores: Scores, *, header: dict, num_cards: int) -> str:
     """Writes everything to the output folder; returns the table."""
     folder, per_prompt = plan.output_dir, plan.images_per_prompt
-    prompts = [sample.prompt for sample in plan.samples[::per_prompt]]
+    prompts = plan.prompts[::per_prompt]
     results = without_nan({
         **header,
         "num_prompts": len(prompts),

@@ -135,17 +135,21 @@ def data_pixels(data: Table, rows: Sequence[int], resolution: int) -> Iterator[T
         yield transform_pair(image, None, resolution=resolution).target
 
 
-def data_by_prompt(
-    plan: Plan, accelerator: Accelerator, *, progress: str
-) -> Iterator[tuple[list[int], Callable[[], Iterator[Tensor]]]]:
+def data_by_prompt(plan: Plan, accelerator: Accelerator, *, progress: str) -> Iterator[tuple[list[int], Callable]]:
     """For each of this process's prompts, the indices of its samples, and a function that reads its own images."""
-    rows: dict[str, list[int]] = {}
-    for row, caption in enumerate(plan.data.captions()):
-        rows.setdefault(caption, []).append(row)
+    samples, rows = indices_by(plan.prompts), indices_by(plan.data.captions())
     resolution = plan.settings[0].deployment.height
-    groups = list(plan.prompt_groups().items())[accelerator.process_index :: accelerator.num_processes]
-    for prompt, indices in tqdm(groups, desc=progress, unit="prompt", disable=not accelerator.is_local_main_process):
+    own = list(samples.items())[accelerator.process_index :: accelerator.num_processes]
+    for prompt, indices in tqdm(own, desc=progress, unit="prompt", disable=not accelerator.is_local_main_process):
         yield indices, partial(data_pixels, plan.data, rows[prompt], resolution)
+
+
+def indices_by(values: Sequence[str]) -> dict[str, list[int]]:
+    """Each value -> where it is."""
+    indices: dict[str, list[int]] = {}
+    for index, value in enumerate(values):
+        indices.setdefault(value, []).append(index)
+    return indices
 
 
 @torch.no_grad()

@@ -42,8 +42,8 @@ class Conditioning(dict[str, Tensor]):
         """Each row `count` times."""
         return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
 
-    def to(self, device: str | torch.device) -> "Conditioning":
-        return self._map(lambda tensor: tensor.to(device))
+    def to(self, device: str | torch.device, *, copy: bool = False) -> "Conditioning":
+        return self._map(lambda tensor: tensor.to(device, copy=copy))
 
     @property
     def nbytes(self) -> int:

@@ -1,6 +1,5 @@
 """From what the model flags name to a frozen pipeline; first what its configuration files alone tell."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from safetensors import SafetensorError
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import FAMILIES, Family
@@ -223,17 +223,22 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
             parts[info.family.denoiser_name] = _load_distilled_denoiser(source, info, weight_dtype)
         if source.vae is not None:
             parts["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=vae_dtype, cache_dir=source.cache_dir)
-        pipeline = _explained(source, info.family.pipeline_class.from_pretrained)(
+        pipeline = info.family.pipeline_class.from_pretrained(
             source.pretrained_model_name_or_path,
             **parts,
             variant=source.variant,
             dtype={"default": weight_dtype, "vae": vae_dtype},
             **source.files,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"a model is neither in a local folder nor to be had from the hub: {first_line(error)}"
+            f"a model is neither whole in a local folder nor to be had from the hub: {first_line(error)}"
         ) from error
+    except ValueError as error:  # no files of this variant, or other shapes than the configuration's
+        names = [source.pretrained_model_name_or_path, source.vae, source.distilled_denoiser]
+        names = " with ".join(name for name in names if name is not None)
+        hint = "drop --variant, or " if source.variant else ""
+        raise UserError(f"{names} does not load ({first_line(error)}); {hint}pass a whole pipeline") from error
     if source.distillation_lora is not None:
         _fuse_distillation_lora(pipeline, info.family.denoiser_name, source)
     for component in pipeline.components.values():
@@ -241,17 +246,6 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
             component.requires_grad_(False).eval()
     pipeline.scheduler = info.scheduler
     return pipeline
-
-
-def _explained(source: ModelSource, from_pretrained: Callable) -> Callable:
-    def load(base: str, **settings):
-        try:
-            return from_pretrained(base, **settings)
-        except ValueError as error:  # no files of this variant, for instance
-            hint = "drop --variant, or " if source.variant else ""
-            raise UserError(f"{base} does not load ({first_line(error)}); {hint}pass a whole pipeline") from error
-
-    return load
 
 
 def _load_distilled_denoiser(source: ModelSource, info: ModelInfo, weight_dtype: torch.dtype) -> ModelMixin:

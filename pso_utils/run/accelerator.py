@@ -87,6 +87,7 @@ def make_accelerator(args) -> Accelerator:
 
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("pso_utils").setLevel(logging.INFO)
     if not accelerator.is_local_main_process:
         for library in (transformers, diffusers):
             library.utils.logging.set_verbosity_error()

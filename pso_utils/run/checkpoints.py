@@ -7,6 +7,7 @@ renamed when the manifest is in it.
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils.constants import OPTIMIZER_NAME, SCALER_NAME
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from pso_utils.run.accelerator import mixed_precision
 from pso_utils.run.optimizer import initialize_grad_scaler
 
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # not accelerate's, which is of no use before there is an accelerator
 
 MANIFEST_NAME = "manifest.json"
 _PARTIAL_SUFFIX = ".partial"
@@ -265,6 +265,7 @@ def resume(accelerator: Accelerator, state: TrainingState, checkpoint: Path | No
     """Loads the checkpoint, if there is one, into everything that is registered, `state` included."""
     accelerator.register_for_checkpointing(state)
     if checkpoint is not None:
-        logger.info(f"resuming from {checkpoint}")
+        if accelerator.is_main_process:
+            logger.info(f"resuming from {checkpoint}")
         accelerator.load_state(str(checkpoint))
     initialize_grad_scaler(accelerator)

@@ -23,20 +23,29 @@ def create_hub_repository(accelerator: Accelerator, args: argparse.Namespace) ->
         ) from error
 
 
+# All that leaves the machine: no checkpoints, logs or metrics, and nothing that was made of the training images.
+UPLOADED = [
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights_kohya.safetensors",
+    "before_after.png",
+    "validation/step-*.png",
+]
+
+
 def push_folder(repo_id: str, args: argparse.Namespace):
-    """Uploads the run's result; checkpoints and logs stay local."""
-    ignored = ["checkpoint-*", f"{args.logging_dir}/*", "wandb*"]
+    """Uploads the run's result, the files of `UPLOADED`."""
     try:
         upload_folder(
             repo_id=repo_id,
             folder_path=args.output_dir,
             commit_message="End of training",
-            ignore_patterns=ignored,
+            allow_patterns=UPLOADED,
             token=args.hub_token,
         )
     except Exception as error:  # as above
-        exclude = " ".join(f"'{pattern}'" for pattern in ignored)
+        include = " ".join(f"--include '{pattern}'" for pattern in UPLOADED)
         raise UserError(
             f"the result is complete in {args.output_dir}, but it could not be uploaded ({first_line(error)}); do so by"
-            f" `hf upload {repo_id} {args.output_dir} --exclude {exclude}`"
+            f" `hf upload {repo_id} {args.output_dir} {include}`"
         ) from error

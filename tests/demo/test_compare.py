@@ -23,11 +23,11 @@ def curve(*points: tuple[float, float], guards: dict = INSIDE) -> list[dict]:
     return [{"share": share, "retention": kept, "step": 10 * i, **guards} for i, (share, kept) in enumerate(points)]
 
 
-def cells(sharpness: float, **others: float) -> dict[str, dict]:
-    """Measures of a model: `sharpness` in every cell but those in `others` ("class_1")."""
+def measures(sharpness: float, **others: float) -> dict[str, dict]:
+    """Those of a model: `sharpness` in every setting but those in `others` ("class_1")."""
     measured = {"distance": 0.05, "share": 0.3, "diversity": 0.2, "rewards": [0.0, 1.0]}
-    values = {cell: others.get("_".join(reversed(cell.split())), sharpness) for cell in tasks.CELLS}
-    return {cell: measured | {"sharpness": value} for cell, value in values.items()}
+    values = {setting: others.get("_".join(reversed(setting.split())), sharpness) for setting in tasks.SETTINGS}
+    return {setting: measured | {"sharpness": value} for setting, value in values.items()}
 
 
 def test_at_share_is_linear_between_checkpoints():
@@ -51,10 +51,10 @@ def test_retention_is_one_at_the_base_and_zero_at_the_teacher():
     assert tasks.retention(1.0, base=0.9, teacher=0.7) == pytest.approx(1.5)
 
 
-def test_a_summary_keeps_retention_in_the_cells_with_a_gap_alone():
-    base, teacher = cells(0.9, name_1=0.8), cells(0.85, name_1=0.6, class_4=0.4)
-    assert tasks.gap_cells(base, teacher) == ["1 name", "4 class"]
-    tuned = cells(0.45, name_1=0.7, class_4=0.8)
+def test_a_summary_keeps_retention_in_the_settings_with_a_gap_alone():
+    base, teacher = measures(0.9, name_1=0.8), measures(0.85, name_1=0.6, class_4=0.4)
+    assert tasks.settings_with_gap(base, teacher) == ["1 name", "4 class"]
+    tuned = measures(0.45, name_1=0.7, class_4=0.8)
     tuned["1 class"]["distance"] = 0.1
     tuned["4 name"] |= {"share": 0.6, "rewards": [0.5, 1.5]}
     point = tasks.summarize_preference(tuned, base, teacher)
@@ -69,7 +69,7 @@ def test_a_summary_keeps_retention_in_the_cells_with_a_gap_alone():
 
 
 def test_without_any_gap_there_is_no_retention():
-    assert math.isnan(tasks.summarize_preference(cells(0.8), cells(0.9), cells(0.85))["retention"])
+    assert math.isnan(tasks.summarize_preference(measures(0.8), measures(0.9), measures(0.85))["retention"])
 
 
 @pytest.mark.parametrize("kind", ["name", "class"])
@@ -156,7 +156,7 @@ def test_a_trial_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
     flags = ["--fraction", "0.005", "--learning_rates", "1", "--output_dir", str(tmp_path), "--readme", str(readme)]
     compare.main([*flags, "--seeds", "0", "--rows", *TRIED])
     tables = (tmp_path / "tables.md").read_text()
-    for name in (*tasks.ENDS, *TRIED):
+    for name in (*tasks.UNTUNED_MODELS, *TRIED):
         assert f"| {name} |" in tables
     assert str(tmp_path) not in tables
     assert readme.read_text().startswith("above\n") and readme.read_text().endswith("\nbelow\n")
@@ -167,7 +167,7 @@ def test_a_trial_writes_tables_and_pictures_and_is_not_repeated(tmp_path):
             assert (tmp_path / "comparison" / f"{picture}.png").is_file()
 
     first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
-    assert len(first) == len(tasks.ENDS) * len(TASKS) + len(TRIED)
+    assert len(first) == len(tasks.UNTUNED_MODELS) * len(TASKS) + len(TRIED)
     compare.main([*flags, "--seeds", "0", "1", "--rows", "concept-dreambooth"])
     assert all(path.stat().st_mtime_ns == time for path, time in first.items())
     assert "| concept-dreambooth | " in (tmp_path / "tables.md").read_text()

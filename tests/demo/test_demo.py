@@ -12,9 +12,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
-from demo import evaluate
-from demo.measures import Yardstick, mean_pairwise_distance, sharpness, to_pixels
-from demo.recipe.common import ARTISTS, DEMO, load_drawings
+from demo import concept, evaluate
+from demo.measures import DrawingBenchmark, draw_prompts, load_model, paired, stack_pixels
+from demo.recipe.common import ARTISTS, DEMO, STYLES, load_drawings
 from demo.rewards import twemoji
 from pso_utils.rewards import load_rewards, parse_rewards
 
@@ -23,8 +23,8 @@ ROOT = DEMO.parent
 
 
 @pytest.fixture(scope="module")
-def yardstick():
-    return Yardstick()
+def benchmark():
+    return DrawingBenchmark()
 
 
 def drawn(pixels: torch.Tensor):
@@ -81,45 +81,70 @@ def test_twemoji_reward_is_zero_for_the_drawing_itself_and_falls_with_the_distan
     assert torch.allclose(faded, -(pixels * 0.5).square().mean(dim=(1, 2, 3)), atol=2e-3)
 
 
-def test_sharpness_and_pairwise_distance_equal_plain_loops():
-    pixels = torch.rand(4, 3, 6, 5) * 2 - 1
-    first = pixels[0]
-    values = [
-        abs(4 * first[c, y, x] - first[c, y - 1, x] - first[c, y + 1, x] - first[c, y, x - 1] - first[c, y, x + 1])
-        for c in range(3)
-        for y in range(1, 5)
-        for x in range(1, 4)
-    ]
-    assert sharpness(pixels)[0].item() == pytest.approx(np.mean(values), rel=1e-5)
-    distances = [(pixels[i] - pixels[j]).square().mean() for i in range(4) for j in range(4) if i != j]
-    assert mean_pairwise_distance(pixels) == pytest.approx(np.mean(distances), rel=1e-4)
-
-
-def test_the_drawings_measure_as_themselves(yardstick):
+def test_the_drawings_measure_as_themselves(benchmark):
     """Every artist's own drawings are at distance 0, closest to that artist, as sharp as themselves."""
     concepts = torch.arange(40)
     for index in range(len(ARTISTS)):
-        reconstructed = yardstick.reconstructions[concepts, index]
-        measures = yardstick.measure(reconstructed, "name", concepts)
+        reconstructed = benchmark.reconstructions[concepts, index]
+        measures = benchmark.measure(reconstructed, "name", concepts)
         assert (measures.closest == index).float().mean() > 0.95
         assert measures.distance.mean() < 0.03  # the autoencoder's error
         assert measures.sharpness == pytest.approx(1, abs=0.15)
-    exact = yardstick.measure(to_pixels(drawn(yardstick.pixels[concepts, 0])), "class", concepts)
+    exact = benchmark.measure(stack_pixels(drawn(benchmark.pixels[concepts, 0])), "class", concepts)
     assert exact.distance.max() < 1e-4 and exact.diversity > 0
 
 
-def test_evaluation_of_a_base_against_itself_shows_no_gain(tmp_path, capsys):
-    paired = evaluate.paired(torch.ones(5), torch.ones(5))
-    assert paired["gain"] == 0 and paired["standard_errors"] == 0
+def test_with_the_ink_its_own_drawings_are_found_to_be_ink():
+    benchmark, concepts = DrawingBenchmark(STYLES), torch.arange(40)
+    ink = STYLES.index("ink")
+    figures = benchmark.figures(drawn(benchmark.reconstructions[concepts, ink]), "name", concepts)
+    assert figures["ink"] > 0.95 and figures["ink distance"] < 0.03
+    own = benchmark.sharpness[concepts, ink].mean() / benchmark.sharpness[:, ink].mean()
+    assert figures["ink sharpness"] == pytest.approx(own.item(), rel=0.02)  # 8 bits a channel
+
+
+def test_images_are_those_of_the_plain_pipeline_from_the_seeds_that_follow_the_first():
+    pipeline = StableDiffusionXLPipeline.from_pretrained(DEMO / "emoji-turbo")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["hedgehog animal", "face", "octopus animal"]
+    generators = [torch.Generator().manual_seed(7 + index) for index in range(3)]
+    expected = pipeline(prompts, num_inference_steps=2, guidance_scale=0.0, generator=generators).images
+    images = draw_prompts(load_model(), prompts, steps=2, seed=7)
+    np.testing.assert_allclose(*([np.asarray(image) for image in own] for own in (images, expected)), atol=1)
+
+
+def test_a_gain_is_in_paired_standard_errors_and_in_the_bases_deviations():
+    tuned, base = torch.tensor([1.0, 3.0, 2.0, 6.0]), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    gains = tuned - base
+    measured = paired(tuned, base)
+    assert measured["gain"] == pytest.approx(gains.mean().item())
+    assert measured["standard_errors"] == pytest.approx((gains.mean() / gains.std() * 2).item())
+    assert measured["base_deviations"] == pytest.approx((gains.mean() / base.std()).item())
+    none = paired(torch.ones(5), torch.ones(5))
+    assert none["gain"] == 0 and none["standard_errors"] == 0
+
+
+def test_the_evaluation_prints_its_table_and_writes_pictures(tmp_path, capsys):
     evaluate.main(["--num_images", "12", "--kind", "name", "--output_dir", str(tmp_path)])
     assert "| base | lcm | 4 | name |" in capsys.readouterr().out
     assert (tmp_path / "lcm_4_name.png").is_file() and (tmp_path / "results.json").is_file()
 
 
-def test_evaluation_refuses_a_folder_without_lora(tmp_path, capsys):
+def test_a_concepts_own_views_are_the_closest_to_it(tmp_path, capsys):
+    """The base does not draw the held-out snake; its views measure as close to each other as it gets."""
+    concept.main(["--num_images", "4", "--output_dir", str(tmp_path)])
+    assert "| base | 0." in capsys.readouterr().out and (tmp_path / "samples.png").is_file()
+    benchmark = concept.ConceptBenchmark("snake")
+    (row,) = json.loads((tmp_path / "results.json").read_text())
+    assert benchmark.similarity(benchmark.views, [""] * len(benchmark.views)).min() > row["image cosine"]
+
+
+@pytest.mark.parametrize("program", [evaluate, concept])
+def test_a_folder_without_lora_is_refused(program, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["--lora", f"mine={tmp_path}"])
-    assert stop.value.code == 2 and "pytorch_lora_weights.safetensors" in capsys.readouterr().err
+        program.main(["--lora", f"mine={tmp_path}", "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "pass a LoRA's folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -347,6 +347,23 @@ def test_a_base_model_that_is_not_there_is_one_clear_error(base, message):
         one_line(info)
 
 
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_that_are_cut_off_are_one_clear_error(pipeline_copy, part):
+    path = pipeline_copy / f"{part}.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="a model is neither whole in a local folder nor") as info:
+        load_pipeline(ModelSource(str(pipeline_copy)))
+    one_line(info)
+
+
+def test_a_denoiser_of_other_shapes_than_its_configuration_is_one_clear_error(tiny_pipeline_dir, tmp_path):
+    build_pipeline().unet.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", block_out_channels=[32, 128])
+    with pytest.raises(UserError, match=f"with {tmp_path} does not load .*; pass a whole pipeline") as info:
+        load_pipeline(ModelSource(tiny_pipeline_dir, distilled_denoiser=str(tmp_path)))
+    one_line(info)
+
+
 def test_files_on_the_hub_are_left_to_loading(tiny_pipeline_dir):
     for settings in (
         {"distilled_denoiser": "nobody/no-such:unet.bin"},

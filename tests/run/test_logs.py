@@ -1,0 +1,21 @@
+import torch
+
+from pso_utils.run.logs import MetricsLog
+
+
+def test_metrics_are_appended_and_rewound(tmp_path):
+    log = MetricsLog(tmp_path)
+    assert log.read() == []
+    log.rewind(0)
+    for step in range(1, 4):
+        log.append(step, {"loss": torch.tensor(0.5) * step, "grad_norm": float("inf"), "epoch": 1})
+    with log.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a line
+    assert [line["step"] for line in log.read()] == [1, 2, 3]
+    MetricsLog(tmp_path).rewind(2)
+    log.append(3, {"loss": 0.0})
+    assert log.read() == [
+        {"step": 1, "loss": 0.5, "grad_norm": None, "epoch": 1},
+        {"step": 2, "loss": 1.0, "grad_norm": None, "epoch": 1},
+        {"step": 3, "loss": 0.0},
+    ]
