@@ -6,14 +6,13 @@ from setuptools import find_packages, setup
 setup(
     name="pso-utils",
     version="0.1.0",
-    description="Pairwise Sample Optimization of timestep-distilled text-to-image models, as diffusers training examples",
+    description="Pairwise Sample Optimization of few-step text-to-image models, as diffusers training examples",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pso_utils", "pso_utils.*"]),
     package_data={"pso_utils.evaluate": ["report.html"]},
-    # LOWER_BOUNDS
     install_requires=[
         "torch>=2.6.0",
         "diffusers>=0.40.0",  # pipelines, schedulers, LoRA files; 0.39 has no `dtype`

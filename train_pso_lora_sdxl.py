@@ -519,7 +519,7 @@ def run(args):
             counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
             counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
 
-            # Update: how many pairs are sound is known after the reduction; until then their nominal number serves
+            # Update: how many pairs all processes have is known after the reduction; until then, the nominal number
             zero_gradients(parameters)
             sums = dict.fromkeys(metric_names, torch.zeros((), device=accelerator.device))
             for pairs in prepared:
@@ -556,7 +556,7 @@ def run(args):
                 break
         else:
             if state.global_step == first_step and start == 0:
-                raise UserError(f"{source.name} has no pair of sound images: see --skip_broken_images")
+                raise UserError(f"{source.name} has no pair without a broken image: see --skip_broken_images")
             state.epoch, state.position = state.epoch + 1, 0
     updates.close()
     if isinstance(source, Stream) and source.num_ties:

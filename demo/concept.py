@@ -77,8 +77,8 @@ class ConceptBenchmark:
 
 
 def run(args):
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     models = [Model("base"), *map(find_lora, args.lora)]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     benchmark, family = ConceptBenchmark(args.concept, args.instance_prompt), load_model()
     results, base, rows = [], None, [benchmark.views]
     for model in models:

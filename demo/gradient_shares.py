@@ -4,7 +4,6 @@ python -m demo.gradient_shares --task preference --lora run=outputs/preference
 """
 
 import argparse
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from demo.compare.tasks import CONCEPT
 from demo.measures import draw_prompts, load_model, stack_pixels
 from demo.recipe.common import ARTISTS, STYLES, load_drawings
 from demo.tasks import WINNER, concept_views
-from pso_utils.evaluate.loras import applied, find_lora
+from pso_utils.evaluate.loras import Model, applied, find_lora
 from pso_utils.families import Family
 from pso_utils.families.lora import lora_layers
 from pso_utils.keyed_rng import keyed_noise, keyed_permutation
@@ -24,18 +23,8 @@ from pso_utils.schedules import make_schedule
 from train_pso_lora_sdxl import TASK_DEFAULTS, Pairs, sigmoid_loss
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", choices=TASK_DEFAULTS, default="preference")
-    parser.add_argument("--lora", metavar="NAME=DIR", help="A LoRA folder. Default: a fresh LoRA of rank 16.")
-    parser.add_argument("--num_pairs", type=int, default=64, help="Each is noised to every timestep.")
-    parser.add_argument("--seed", type=int, default=0, help="Of pairs, noise and references.")
-    return parser.parse_args(argv)
-
-
 def task_images(task: str, family: Family, num_pairs: int, *, seed: int) -> tuple[Tensor, Tensor, list[str]]:
-    """Targets and references [B, 3, 32, 32] and captions, paired as in the task's training; references of a style or
-    a concept are `family`'s samples."""
+    """Targets and references [B, 3, 32, 32], and captions, as the task pairs them, with samples of `family`."""
     drawings, views = load_drawings(), stack_pixels(concept_views(CONCEPT)[0])
     index = keyed_permutation((seed,), len(drawings))[:num_pairs]
     captions = [drawings.captions[concept] for concept in index.tolist()]
@@ -54,13 +43,12 @@ def task_images(task: str, family: Family, num_pairs: int, *, seed: int) -> tupl
 def gradient_shares(family: Family, pairs: Pairs, task: str, weighting: str) -> dict[int, float]:
     """Timestep -> its share, for PSO's loss with the task's defaults and without class anchor."""
     schedule = make_schedule(family.pipeline.scheduler, 4, stochastic=False)
-    weights, by_weighting = forward_weights(schedule, weighting), TASK_DEFAULTS[task]
-    settings = by_weighting.get(weighting, next(iter(by_weighting.values())))
-    loss_settings, norms = argparse.Namespace(**settings, class_anchor=0.0), []
+    weights, defaults, norms = forward_weights(schedule, weighting), TASK_DEFAULTS[task], []
+    settings = argparse.Namespace(**defaults.get(weighting, next(iter(defaults.values()))), class_anchor=0.0)
     parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
     for step in range(len(weights)):
         at_step = pairs._replace(uniform=torch.full((len(pairs.noise),), (step + 0.5) / len(weights)))
-        loss, _ = sigmoid_loss(family, schedule, weights, at_step, loss_settings)
+        loss, _ = sigmoid_loss(family, schedule, weights, at_step, settings)
         gradients = torch.autograd.grad(loss.mean(), parameters)
         norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
     shares = torch.stack(norms) / torch.stack(norms).sum()
@@ -68,27 +56,31 @@ def gradient_shares(family: Family, pairs: Pairs, task: str, weighting: str) -> 
 
 
 def run(args):
-    lora, family = None if args.lora is None else find_lora(args.lora), load_model()
+    model, family = find_lora(args.lora) if args.lora else Model("fresh"), load_model()
     targets, references, captions = task_images(args.task, family, args.num_pairs, seed=args.seed)
     latents = family.encode_images(torch.cat([targets, references])).unflatten(0, (2, -1))
     noise = keyed_noise([(args.seed, index) for index in range(len(captions))], latents.shape[2:])
     conditioning = family.collate(family.encode_prompts(captions * 2), 32, 32)
-    if lora is None:
-        family.add_lora(rank=16, seed=0)
-    with nullcontext() if lora is None else applied(family.pipeline, lora):
+    pairs = Pairs(latents, noise, torch.zeros(len(noise)), conditioning)
+    with applied(family.pipeline, model):
+        if model.lora is None:
+            family.add_lora(rank=16, seed=0)
         family.lora_layers = lora_layers(family.denoiser)
         for name, parameter in family.denoiser.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        pairs = Pairs(latents, noise, torch.zeros(len(noise)), conditioning)
         for weighting in WEIGHTINGS:
             shares = gradient_shares(family, pairs, args.task, weighting)
             print(f"{weighting}: " + ", ".join(f"{share:.3f} at {timestep}" for timestep, share in shares.items()))
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASK_DEFAULTS, default="preference")
+    parser.add_argument("--lora", metavar="NAME=DIR", help="Default: a fresh LoRA of rank 16.")
+    parser.add_argument("--num_pairs", type=int, default=64, help="Each is noised to every timestep.")
+    parser.add_argument("--seed", type=int, default=0, help="Of pairs, noise and references.")
     with one_line_errors(__file__):
-        run(args)
+        run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

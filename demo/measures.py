@@ -63,12 +63,11 @@ def grid(rows: list[list[Image.Image]], scale: int = 2) -> Image.Image:
 
 def paired(tuned: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
     """Gain of scores [B] over the base's on the same prompts and noise, each image counting for itself."""
-    gains = (tuned - base).double().numpy()
-    error = standard_error(gains, np.arange(len(gains)))
+    gain, error = (tuned - base).mean(), standard_error((tuned - base).numpy(), np.arange(len(tuned)))
     return {
-        "gain": gains.mean().item(),
-        "standard_errors": gains.mean().item() / error if error else 0.0,
-        "base_deviations": gains.mean().item() / base.std().item(),
+        "gain": gain.item(),
+        "standard_errors": gain.item() / error if error else 0.0,
+        "base_deviations": (gain / base.std()).item(),
     }
 
 

@@ -134,3 +134,18 @@ def denoiser_calls(monkeypatch) -> list[tuple[bool, bool, int]]:
 
     monkeypatch.setattr(models, "add_trained_lora", add_and_count)
     return calls
+
+
+@pytest.fixture
+def encoded_images(monkeypatch) -> list[int]:
+    """How many images each `Family.encode_images` gets."""
+    from pso_utils.families import Family
+
+    calls, encode_images = [], Family.encode_images
+
+    def encode_and_count(self, pixels):
+        calls.append(len(pixels))
+        return encode_images(self, pixels)
+
+    monkeypatch.setattr(Family, "encode_images", encode_and_count)
+    return calls

@@ -279,7 +279,7 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
             if path.is_relative_to(ROOT) and not code.co_name.startswith("<"):
                 path = path.relative_to(ROOT)
                 if path.parts[0] == "pso_utils" or len(path.parts) == 1:
-                    yield f"{path}:{getattr(code, 'co_qualname', code.co_name)}:{code.co_firstlineno}"
+                    yield f"{path}:{code.co_qualname}:{code.co_firstlineno}"
 
     plain_backward, plain_clip = Accelerator.backward, Accelerator.clip_grad_norm_
 

@@ -370,7 +370,7 @@ def tensorboard_steps(folder: Path) -> list[int]:
     return [event.step for event in events.Scalars("loss")]
 
 
-def test_8bit_adam_trains_and_resumes_bit_for_bit(flags, tmp_path):
+def test_8bit_adam_trains_and_resumes_bit_for_bit(flags, tmp_path, caplog):
     pytest.importorskip("bitsandbytes")
     changes = {"use_8bit_adam": True, "rank": 64, "checkpointing_steps": 2}
     whole = run(flags(output_dir=tmp_path / "whole", **changes))
@@ -380,6 +380,8 @@ def test_8bit_adam_trains_and_resumes_bit_for_bit(flags, tmp_path):
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
     run(flags(output_dir=half, resume_from_checkpoint="latest", **changes))
     assert_same_run(half, whole)
+    assert f"resuming from {half / 'checkpoint-2'}" in caplog.text
+    assert f"the LoRA and its model card are in {half}" in caplog.text
 
 
 def test_a_new_run_does_not_write_over_the_checkpoints_of_an_earlier_one(flags, capsys):
@@ -390,13 +392,13 @@ def test_a_new_run_does_not_write_over_the_checkpoints_of_an_earlier_one(flags, 
     assert (folder / "checkpoint-2").is_dir()
 
 
-def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags, tmp_path):
+def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags, tmp_path, caplog):
     whole = run(flags(max_train_steps=2, checkpointing_steps=2))
     folder = shutil.copytree(whole, tmp_path / "damaged")
     (folder / "checkpoint-2" / "optimizer.bin").unlink()
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(flags(output_dir=folder, max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest"))
     assert_same_run(folder, whole)
+    assert "checkpoint-2 is incomplete (optimizer.bin is missing)" in caplog.text
 
 
 # ---- Processes and places ----

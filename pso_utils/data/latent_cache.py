@@ -156,11 +156,11 @@ class LatentCache:
     def _read(self, batch: RecordBatch) -> LatentBatch:
         entries = [self.cache.get(_key(*record)) for record in zip(batch.ids, batch.flipped.tolist())]
         rows = [row for row, entry in enumerate(entries) if entry]
-        sound = [entries[row] for row in rows]
+        unbroken = [entries[row] for row in rows]
         shape = self.family.latent_shape(self.loader.resolution, self.loader.resolution)
 
         def stack(name: str, *shape: int) -> Tensor:
-            return torch.stack([entry[name] for entry in sound]) if sound else torch.empty(0, *shape)
+            return torch.stack([entry[name] for entry in unbroken]) if unbroken else torch.empty(0, *shape)
 
         has_references = self.loader.source.has_references
         return LatentBatch(
@@ -171,7 +171,7 @@ class LatentCache:
             stack("crop_top_left", 2).long(),
             batch.flipped[rows],
             [batch.ids[row] for row in rows],
-            len(entries) - len(sound),
+            len(entries) - len(unbroken),
         )
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compares LoRAs with their base: the same prompts and noise under every model, scored by any rewards.
 
 Writes results.json, results.md, scores.parquet (a line for each image), grids, and report.html to look at. Images that
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace):
         free_memory()
     accelerator.wait_for_everyone()
     reward_settings = {"batch_size": args.reward_batch_size, "dtype": REWARD_DTYPES.get(args.reward_dtype)}
-    reward_settings |= {"cache_dir": args.cache_dir}
+    reward_settings["cache_dir"] = args.cache_dir
     scores = score_all(plan, images, accelerator, data_sharpness=data_sharpness, **reward_settings)
     if accelerator.is_main_process:
         print(write_results(plan, images, scores, header=header(args), num_cards=args.num_report_prompts))

@@ -6,14 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from pso_utils.errors import UserError, first_line
+from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.families.base import quiet_libraries
-from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser
 from pso_utils.families.lora import lora_matrices
 from pso_utils.sources import WEIGHT_SUFFIXES, check_exists, split_source
 
@@ -67,27 +65,6 @@ def source_state(source: str | None):
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-# ---- Checks, on configurations and the LoRA's own file ----
-
-
-def empty_parts(source: ModelSource, info: ModelInfo) -> dict[str, torch.nn.Module]:
-    """The denoiser and the text encoders, by the names that they have in a LoRA, without weights and memory.
-
-    Raises:
-        UserError: a text encoder's configuration cannot be read.
-    """
-    parts = {info.family.denoiser_name: empty_denoiser(info.family, info.denoiser_config)}
-    base = source.pretrained_model_name_or_path
-    for part, (model_class, config_class) in info.family.text_encoder_classes.items():
-        try:
-            config = config_class.from_pretrained(base, subfolder=part, **source.files)
-        except OSError as error:
-            raise UserError(f"{base}, {part}: no configuration can be read ({first_line(error)})") from error
-        with torch.device("meta"):
-            parts[part] = model_class(config)
-    return parts
-
-
 def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cache_dir: str | None = None) -> None:
     """Holds a LoRA's names and shapes against the base's `parts`: diffusers itself only warns of layers that it does
     not know. `text` is the flag's value, for messages.
@@ -127,9 +104,6 @@ def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cac
             raise UserError(f"{other}: its matrices {made} ({layer}); {remedy}")
         if not all(matrix.isfinite().all() for matrix in matrices.values()):
             raise UserError(f"--lora {text} has weights that are not finite ({layer}): its training diverged")
-
-
-# ---- On the base ----
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from pso_utils.data.pairs import Table, load_images
 from pso_utils.data.prompts import load_prompts
 from pso_utils.data.readers import images_of_folder
 from pso_utils.errors import UserError
-from pso_utils.evaluate.loras import Model, check_lora, empty_parts, find_lora, source_state
+from pso_utils.evaluate.loras import Model, check_lora, find_lora, source_state
 from pso_utils.families import Deployment
-from pso_utils.families.loading import ModelInfo
+from pso_utils.families.loading import ModelInfo, empty_parts
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments
 from pso_utils.run.accelerator import mixed_precision
@@ -84,24 +84,15 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the flags ask for, checked.
-
-    Attributes:
-        info: the base, as its configuration files tell.
-        models: the base first.
-        samples: what is drawn with each model and setting: the images of a prompt, as many of each, side by side.
-        rewards: those of --reward, and those of `SUBJECT_FLAGS` that compare samples to `references`.
-        references: a subject's pictures.
-        data: the prompts' own images, to which samples are compared; None: they are not.
-    """
+    """What the flags ask for, checked."""
 
     info: ModelInfo
-    models: list[Model]
+    models: list[Model]  # the base first
     settings: list[Setting]
-    samples: list[Sample]
-    rewards: list[RewardSpec]
-    references: list[Image.Image]
-    data: Table | None
+    samples: list[Sample]  # of each model and setting: the images of a prompt, as many of each, side by side
+    rewards: list[RewardSpec]  # those of --reward, and of `SUBJECT_FLAGS` those that compare samples to `references`
+    references: list[Image.Image]  # a subject's pictures
+    data: Table | None  # the prompts' own images, to which samples are compared; None: they are not
     output_dir: Path
 
     @property
@@ -120,11 +111,7 @@ class Plan:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Checks all that the flags and the files can tell, before a model is loaded.
-
-    Raises:
-        UserError: with what to pass instead.
-    """
+    """Checks all that the flags and the files can tell, before a model is loaded; a UserError says what is wrong."""
     arguments.check_output_dir(args.output_dir)
     arguments.check_packages(args)
     models = find_models(args.lora, args.lora_scale)

@@ -180,10 +180,10 @@ def _draw_panel(draw: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, 
         x, text = left + (index + 0.5) * column, shorten(step, int(column), font)
         draw.text((x, top + height + 12), text, fill=gray, font=font, anchor="ma")
     draw.text((left + width, top + height + 42), "steps", fill=gray, font=font, anchor="ra")
-    for number_, model in enumerate(models):
-        color, points = COLORS[number_ % len(COLORS)], []
+    for model_index, model in enumerate(models):
+        color, points = COLORS[model_index % len(COLORS)], []
         # side by side, so that no model's bars hide another's
-        shift = (number_ - (len(models) - 1) / 2) * min(14, column / (2 * len(models)))
+        shift = (model_index - (len(models) - 1) / 2) * min(14, column / (2 * len(models)))
         for index, step in enumerate(steps):
             if (model, step) in known:
                 mean, error = known[model, step]
@@ -246,7 +246,7 @@ def html_report(
         table=_html_table(results),
         notes="".join(f"<p class=note>{html.escape(line)}</p>" for line in notes(results)),
         plot=plot_section,
-        grids=figures,
+        grids="".join(figures),
         count=f"{len(cards)} of {num_prompts}" if len(cards) < num_prompts else f"all {num_prompts}",
         cards="".join(cards),
         data=json.dumps(data).replace("</", "<\\/"),

@@ -180,6 +180,24 @@ def empty_denoiser(family: type[Family], config: dict) -> ModelMixin:
         return family.denoiser_class.from_config(config)
 
 
+def empty_parts(source: ModelSource, info: ModelInfo) -> dict[str, torch.nn.Module]:
+    """The denoiser and the text encoders, by their names in the pipeline, without weights and memory.
+
+    Raises:
+        UserError: a text encoder's configuration cannot be read.
+    """
+    parts = {info.family.denoiser_name: empty_denoiser(info.family, info.denoiser_config)}
+    base = source.pretrained_model_name_or_path
+    for part, (model_class, config_class) in info.family.text_encoder_classes.items():
+        try:
+            config = config_class.from_pretrained(base, subfolder=part, **source.files)
+        except OSError as error:
+            raise UserError(f"{base}, {part}: no configuration can be read ({first_line(error)})") from error
+        with torch.device("meta"):
+            parts[part] = model_class(config)
+    return parts
+
+
 def _check_state_dict(name: str, denoiser: ModelMixin, found: dict[str, tuple[int, ...]]) -> None:
     expected = {key: tuple(value.shape) for key, value in denoiser.state_dict().items()}
     problems = [

@@ -15,7 +15,6 @@ from PIL import Image
 from pso_utils.data import loader as loader_module
 from pso_utils.data.latent_cache import LatentCache, TensorCache, encoded_minibatches, fingerprint
 from pso_utils.data.pairs import load_images
-from pso_utils.families import Family
 from pso_utils.families.sdxl import SDXL
 from tests.conftest import build_pipeline
 
@@ -26,14 +25,6 @@ SIZE = {"resolution": 16, "center_crop": True}
 @pytest.fixture(scope="module")
 def family():
     return SDXL(build_pipeline(), vae_batch_size=1)
-
-
-@pytest.fixture
-def encoded(monkeypatch) -> list[int]:
-    """How many images each call encodes."""
-    calls, encode_images = [], Family.encode_images
-    monkeypatch.setattr(Family, "encode_images", lambda self, pixels: (calls.append(len(pixels)), encode_images(self, pixels))[1])  # noqa: E501  # fmt: skip
-    return calls
 
 
 def process(index: int = 0, count: int = 1) -> SimpleNamespace:
@@ -85,23 +76,25 @@ def read_both(family, cache, loader, epoch, start=0):
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
-def test_cached_minibatches_are_those_of_the_images_bit_for_bit(family, pairs, tmp_path, random_flip, encoded, monkeypatch):  # noqa: E501  # fmt: skip
+def test_cached_minibatches_are_those_of_the_images_bit_for_bit(
+    family, pairs, tmp_path, random_flip, encoded_images, monkeypatch
+):
     loader = make_loader(pairs, random_flip=random_flip, **SIZE)
     cache = LatentCache(tmp_path / "latents", process(), family, loader)
     cache.fill()
-    assert sum(encoded) == 14 * (1 + random_flip)
+    assert sum(encoded_images) == 14 * (1 + random_flip)
     for epoch in range(2):
         assert_same_minibatches(*read_both(family, cache, loader, epoch))
     assert_same_minibatches(*read_both(family, cache, loader, 1, start=5))
 
-    encoded.clear()
+    encoded_images.clear()
     for name in ("decode_image", "transform_pair"):
         monkeypatch.setattr(loader_module, name, lambda *args, **settings: pytest.fail("an image is read"))
     monkeypatch.setattr(Image, "open", lambda *args: pytest.fail("an image is opened"))
     again = LatentCache(tmp_path / "latents", process(), family, loader)
     again.fill()
     records = read(loader, 0, minibatches=lambda _, epoch, start: again.minibatches(epoch, start))
-    assert sorted(ids(records)) == list("0123456") and not encoded
+    assert sorted(ids(records)) == list("0123456") and not encoded_images
 
 
 def test_targets_alone_have_no_references(family, tmp_path):
@@ -114,7 +107,7 @@ def test_targets_alone_have_no_references(family, tmp_path):
     assert cached[0].microbatches[0].references is None
 
 
-def test_processes_fill_a_part_each_and_read_what_others_wrote(family, pairs, tmp_path, encoded):
+def test_processes_fill_a_part_each_and_read_what_others_wrote(family, pairs, tmp_path, encoded_images):
     settings = {"num_processes": 3, "train_batch_size": 1, **SIZE}
     loaders = [make_loader(pairs, process_index=rank, **settings) for rank in range(3)]
     caches = [
@@ -122,7 +115,7 @@ def test_processes_fill_a_part_each_and_read_what_others_wrote(family, pairs, tm
     ]
     for cache in caches:
         cache.fill()
-    assert sum(encoded) == 14 * 2
+    assert sum(encoded_images) == 14 * 2
     for cache, loader in zip(caches, loaders):
         assert_same_minibatches(*read_both(family, cache, loader, 0))
 
@@ -144,11 +137,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_run_that_is_killed_while_filling_goes_on_with_the_same_batches(
-    family, pairs, tmp_path, encoded, monkeypatch
+    family, pairs, tmp_path, encoded_images, monkeypatch
 ):
     loader = make_loader(pairs, train_batch_size=3, **SIZE)
     LatentCache(tmp_path / "whole", process(), family, loader).fill()
-    whole, batches = files(tmp_path / "whole"), encoded.copy()
+    whole, batches = files(tmp_path / "whole"), encoded_images.copy()
     assert batches == [6, 6, 2] * 2 and len(whole) == 1 + 14
 
     put, puts = TensorCache.put, []
@@ -163,9 +156,9 @@ def test_a_run_that_is_killed_while_filling_goes_on_with_the_same_batches(
         patch.setattr(TensorCache, "put", put_or_die)
         LatentCache(tmp_path / "killed", process(), family, loader).fill()
     assert len(files(tmp_path / "killed")) == 1 + 5
-    encoded.clear()
+    encoded_images.clear()
     LatentCache(tmp_path / "killed", process(), family, loader).fill()
-    assert encoded == batches[1:]  # the second batch as a whole, though two of its records were there
+    assert encoded_images == batches[1:]  # the second batch as a whole, though two of its records were there
     assert files(tmp_path / "killed") == whole
 
 
@@ -181,7 +174,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert "nothing" in cache and cache.get("nothing") == {}
 
 
-def test_another_data_set_vae_or_size_empties_the_cache(family, pairs, tmp_path, encoded):
+def test_another_data_set_vae_or_size_empties_the_cache(family, pairs, tmp_path, encoded_images):
     other_pairs = load_pairs(tmp_path / "datasets", write_pairs(tmp_path / "others", first_seed=100))
     other_family = SDXL(build_pipeline(seed=1))
     changes = [
@@ -192,11 +185,11 @@ def test_another_data_set_vae_or_size_empties_the_cache(family, pairs, tmp_path,
     ]
     for number, (each_family, source, size) in enumerate(changes):
         for changed in (True, False):
-            encoded.clear()
+            encoded_images.clear()
             loader = make_loader(source, **SIZE | {"random_flip": False} | size)
             cache = LatentCache(tmp_path / "latents", process(), each_family, loader)
             cache.fill()
-            assert sum(encoded) == 14 * changed, number
+            assert sum(encoded_images) == 14 * changed, number
             assert len(files(tmp_path / "latents")) == 1 + 7
         assert_same_minibatches(*read_both(each_family, cache, loader, 0))
 

@@ -29,7 +29,12 @@ def family():
 def encoded(family, monkeypatch) -> list[list[str]]:
     """The prompts of every call of the text encoders."""
     calls, encode_prompts = [], SDXL.encode_prompts
-    monkeypatch.setattr(SDXL, "encode_prompts", lambda self, prompts: (calls.append(list(prompts)), encode_prompts(self, prompts))[1])  # noqa: E501  # fmt: skip
+
+    def encode_and_record(self, prompts):
+        calls.append(list(prompts))
+        return encode_prompts(self, prompts)
+
+    monkeypatch.setattr(SDXL, "encode_prompts", encode_and_record)
     return calls
 
 
@@ -67,6 +72,7 @@ def test_what_is_kept_is_limited_by_bytes_and_the_oldest_goes_first(family, enco
     embed = PromptCache(family, max_bytes=3 * size)
     encoded.clear()
     rows = embed(["a", "b", "c"])
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in rows[0].values())  # no view of a batch
     embed(["a"])  # used last, now
     assert len(encoded) == 1
     embed(["d"])  # "b" goes

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from pso_utils.data.references import ReferenceLatents, References
-from pso_utils.families import Family
 from pso_utils.families.sdxl import SDXL
 from tests.conftest import build_pipeline
 
@@ -111,14 +110,6 @@ def family():
     return SDXL(build_pipeline(), vae_batch_size=1)
 
 
-@pytest.fixture
-def encoded(monkeypatch) -> list[int]:
-    """How many images each call encodes."""
-    calls, encode_images = [], Family.encode_images
-    monkeypatch.setattr(Family, "encode_images", lambda self, pixels: (calls.append(len(pixels)), encode_images(self, pixels))[1])  # noqa: E501  # fmt: skip
-    return calls
-
-
 def test_a_reference_is_mirrored_with_its_target(make):
     references = make()
     references.refresh(0)
@@ -129,7 +120,7 @@ def test_a_reference_is_mirrored_with_its_target(make):
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
-def test_cached_latents_are_those_of_the_images_bit_for_bit(make, family, encoded, random_flip):
+def test_cached_latents_are_those_of_the_images_bit_for_bit(make, family, encoded_images, random_flip):
     references = make()
     cached = ReferenceLatents(references, family, is_cached=True, random_flip=random_flip)
     plain = ReferenceLatents(references, family, is_cached=False, random_flip=random_flip)
@@ -137,35 +128,35 @@ def test_cached_latents_are_those_of_the_images_bit_for_bit(make, family, encode
     latents = []
     for step in (0, 2):
         plain.refresh(step)
-        assert encoded == []
+        assert encoded_images == []
         cached.refresh(step)
-        assert encoded == [2, 2, 1] * (1 + random_flip)
-        encoded.clear()
+        assert encoded_images == [2, 2, 1] * (1 + random_flip)
+        encoded_images.clear()
         latents.append(cached(indices, flipped))
-        assert encoded == []
+        assert encoded_images == []
         assert torch.equal(latents[-1], plain(indices, flipped))
-        encoded.clear()
+        encoded_images.clear()
         cached.refresh(step)
-        assert encoded == []
+        assert encoded_images == []
     assert not torch.equal(*latents)
 
 
-def test_a_run_that_is_killed_while_filling_goes_on_with_the_same_batches(make, family, encoded):
+def test_a_run_that_is_killed_while_filling_goes_on_with_the_same_batches(make, family, encoded_images):
     references = make()
     latents = ReferenceLatents(references, family, is_cached=True, random_flip=False)
     latents.refresh(0)
     files = {path: path.read_bytes() for path in (references.folder / "latents").rglob("*.safetensors")}
     assert len(files) == 5
     sorted(files, key=lambda path: path.name)[3].unlink()
-    encoded.clear()
+    encoded_images.clear()
     latents.refresh(0)
-    assert encoded == [2]
+    assert encoded_images == [2]
     assert {path: path.read_bytes() for path in (references.folder / "latents").rglob("*.safetensors")} == files
 
 
-def test_processes_encode_a_part_each_and_read_what_others_wrote(make, family, encoded):
+def test_processes_encode_a_part_each_and_read_what_others_wrote(make, family, encoded_images):
     ranks = [ReferenceLatents(make(process(rank, 2)), family, is_cached=True, random_flip=True) for rank in range(2)]
     for latents in ranks:
         latents.refresh(0)
-    assert sum(encoded) == 10
+    assert sum(encoded_images) == 10
     assert torch.equal(ranks[0](range(5), [True] * 5), ranks[1](range(5), [True] * 5))

@@ -132,6 +132,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(page):
     assert len(sources) == 2 + 1 + 2 * 2 * 4 and all(source.startswith("data:image/") for source in sources)
     assert "default-src 'none'" in page and page.count("<script>") == page.count("</script>") == 1
     assert "<b>panda" not in page and "a red &lt;b&gt;panda" in page and "base &amp; &lt;tuned&gt;" in page
+    assert re.search(r"<div class=grids>(<figure>.*?</figure>){2}</div>", page)  # and nothing between them
     assert "class='gain better'" in page and "class='gain worse'" not in page  # lower is better, and it is lower
 
 
