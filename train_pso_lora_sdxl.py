@@ -9,7 +9,7 @@ of the caption. concept: an image of one thing, and the model's own sample of it
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -376,6 +376,25 @@ class OfflineState(TrainingState):
     best_step: int = -1
     best_lora: dict[str, Tensor] | None = None  # here, so that a resumed run has that of its own checkpoint
     worse_validations: int = 0  # in a row, since the best
+    recent_gains: list[list[float]] = field(default_factory=list)  # of targets and references, of the last steps
+
+
+REPULSION_WINDOW, REPULSION_LIMIT = 20, 0.7  # optimizer steps; demo/README.md has where runs left the data
+
+
+def repulsion(recent_gains: list[list[float]], reference_weight: float) -> dict[str, float]:
+    """`repulsion`: how much of the margin that the pairs of the last steps show comes from the references' errors
+    growing, and not from the targets' falling. A target's error can fall to 0, where the prediction is on the data; a
+    reference's can grow without end, in any direction. Empty until there are enough steps, and without a margin.
+
+    Args:
+        recent_gains: of each step, the gains of its targets and of its references, added up.
+    """
+    targets, references = (sum(gains) for gains in zip(*recent_gains))
+    margin = targets - reference_weight * references
+    if len(recent_gains) < REPULSION_WINDOW or margin <= 0:
+        return {}
+    return {"repulsion": -reference_weight * references / margin}
 
 
 def keep_best(args, accelerator: Accelerator, family: Family, state: OfflineState, values: dict[str, float]) -> bool:
@@ -497,7 +516,7 @@ def run(args):
         + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
     )
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    stop = False
+    stop = has_warned = False
     while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
         first_step, start = state.global_step, state.position
         for minibatch in minibatches(state.epoch, state.position):
@@ -535,6 +554,17 @@ def run(args):
             for parameter in parameters:
                 parameter.grad.mul_(minibatch_size / num_pairs)
             metrics = {name: total / num_pairs for name, total in sums.items()} | {"pairs": num_pairs}
+            if args.loss == "sigmoid":
+                gains = [sums["target_gain"], sums["reference_gain"]]
+                state.recent_gains = [*state.recent_gains, gains][-REPULSION_WINDOW:]
+                metrics |= repulsion(state.recent_gains, args.reference_weight)
+                if args.task == "preference" and metrics.get("repulsion", 0) > REPULSION_LIMIT and not has_warned:
+                    has_warned = True
+                    logger.warning(
+                        f"repulsion is {metrics['repulsion']:.2f}, above {REPULSION_LIMIT}: the losers are pushed away"
+                        " more than the winners are approached, and samples may leave the data. Lower --learning_rate,"
+                        " or raise --target_anchor"
+                    )
             metrics |= optimizer_step(
                 accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm
             )

@@ -2,7 +2,8 @@
 
     python -m demo.tasks --output_dir outputs/tasks
 
-preference.parquet  pairs in Pick-a-Pic's schema: Twemoji's drawing of a concept wins over another artist's
+preference.parquet  pairs in Pick-a-Pic's schema: Twemoji's drawing of a concept wins over another artist's (or that
+                    of --winner)
 ink/                the black ink drawings with a metadata.jsonl: a style that the UNet has not been trained on
 concept/NAME/       a few views of each held-out concept, in Noto's style
 """
@@ -36,13 +37,13 @@ def to_png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def preference_pairs() -> Dataset:
+def preference_pairs(winner: str = WINNER) -> Dataset:
     """Two pairs of each concept; every fourth has the class alone for its caption."""
     drawings, rng, rows = load_drawings(), np.random.default_rng(0), []
-    losers = [artist for artist in ARTISTS if artist != WINNER]
+    losers = [artist for artist in ARTISTS if artist != winner]
     for index in range(len(drawings)):
         for loser in losers:
-            images = [to_png(to_image(drawings.pixels[index, STYLES.index(style)])) for style in (WINNER, loser)]
+            images = [to_png(to_image(drawings.pixels[index, STYLES.index(style)])) for style in (winner, loser)]
             label = int(rng.integers(2))  # 1: the first image wins
             captions = drawings.classes if len(rows) % 4 == 3 else drawings.captions
             first, second = images if label else images[::-1]
@@ -85,9 +86,9 @@ def concept_views(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
     return all_views[:TRAINING_VIEWS], all_views[TRAINING_VIEWS:]
 
 
-def write_tasks(folder: Path):
+def write_tasks(folder: Path, *, winner: str = WINNER):
     folder.mkdir(parents=True, exist_ok=True)
-    preference_pairs().to_parquet(folder / "preference.parquet")
+    preference_pairs(winner).to_parquet(folder / "preference.parquet")
     write_ink(folder / "ink")
     for name in load_drawings("held_out").names:
         views_folder = folder / "concept" / name.replace(" ", "_")
@@ -99,7 +100,9 @@ def write_tasks(folder: Path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tasks"))
-    write_tasks(parser.parse_args(argv).output_dir)
+    parser.add_argument("--winner", choices=ARTISTS, default=WINNER, help="Whose drawings win.")
+    args = parser.parse_args(argv)
+    write_tasks(args.output_dir, winner=args.winner)
 
 
 if __name__ == "__main__":
