@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import runpy
 import shutil
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from script_runs import (
+    ROOT,
     Event,
     HostSynchronizations,
     around_microbatches,
@@ -28,7 +30,6 @@ from script_runs import (
     cuda_synchronizations_are_errors,
     error_line,
     metrics,
-    run_copy,
     run_killed_and_resumed,
     to_flags,
     two_processes,
@@ -228,7 +229,7 @@ def test_a_cached_runs_rewards_stay_where_they_are(flags, monkeypatch):
 )
 def test_training_tells_targets_from_references(flags, changes):
     defaults = {"beta": 2000, "target_anchor": 0, "rank": 16, "learning_rate": 3e-3, "center_crop": True}
-    changes = {"max_train_steps": 40, "train_batch_size": 6} | defaults | changes
+    changes = {"max_train_steps": 30, "train_batch_size": 6} | defaults | changes
     first, *_ = lines = metrics(run(flags(**changes)))
     assert first["pair_accuracy"] == 0.5 and first["target_gain"] == first["reference_gain"] == 0
     target_gain, reference_gain, pair_accuracy = (
@@ -292,7 +293,7 @@ def test_a_one_step_schedule_trains(flags, changes, timesteps):
 
 
 def test_the_diffusion_loss_and_the_hinge_lower_the_targets_error(flags, tmp_path):
-    changes = {"max_train_steps": 40, "train_batch_size": 6, "center_crop": True, "learning_rate": 1e-2}
+    changes = {"max_train_steps": 30, "train_batch_size": 6, "center_crop": True, "learning_rate": 1e-2}
     for loss, name in (("diffusion", "loss"), ("hinge", "target_error")):
         lines = metrics(run(flags(loss=loss, output_dir=tmp_path / loss, **changes)))
         assert np.mean([line[name] for line in lines[-5:]]) < 0.9 * np.mean([line[name] for line in lines[:5]])
@@ -527,7 +528,7 @@ def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, task
 @pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, tasks, tmp_path):
     values = default_flags(tiny_pipeline_dir, None) | task_flags(tasks, "style")
-    values |= {"max_train_steps": 8, "checkpointing_steps": 2, "validation_steps": 4, "num_validation_images": 1}
+    values |= {"max_train_steps": 6, "checkpointing_steps": 2, "validation_steps": 4, "num_validation_images": 1}
     values |= {"lr_scheduler": "cosine", "reference_policy": "current", "reference_refresh_steps": 5}
     values |= {"cache_latents": True, "center_crop": True, "random_flip": True}
     events = {
@@ -538,7 +539,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, tasks, tmp_path):
     }
     run_killed_and_resumed("train_pso_lora_sdxl", to_flags(values), tmp_path, events)
     undisturbed = tmp_path / "undisturbed"
-    assert [line["step"] for line in metrics(undisturbed) if "loss" in line] == list(range(1, 9))
+    assert [line["step"] for line in metrics(undisturbed) if "loss" in line] == list(range(1, 7))
     for event in events:
         assert_same_run(tmp_path / event, undisturbed)
         for folder in ("references", "cache"):
@@ -567,9 +568,14 @@ def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, tasks, tmp_pat
     assert_nearly_same_run(one, tmp_path / "two")
 
 
-def test_a_copy_of_the_script_runs_alone(tiny_pipeline_dir, tasks, tmp_path):
+def test_a_copy_of_the_script_runs_alone(tiny_pipeline_dir, tasks, tmp_path, monkeypatch):
+    copy = shutil.copy(ROOT / "train_pso_lora_sdxl.py", tmp_path / "my_training.py")
     values = default_flags(tiny_pipeline_dir, tmp_path / "out") | task_flags(tasks, "preference")
-    run_copy("train_pso_lora_sdxl.py", to_flags(values | {"max_train_steps": 1, "loss": "diffusion"}), tmp_path)
+    monkeypatch.setattr(sys, "argv", [copy.name, *to_flags(values | {"max_train_steps": 1, "loss": "diffusion"})])
+    monkeypatch.chdir(tmp_path)
+    for name in ("train_pso_lora_sdxl", "train_pso_online", "demo", "tests"):
+        monkeypatch.setitem(sys.modules, name, None)  # what lies beside the original cannot be imported
+    runpy.run_path(str(copy), run_name="__main__")
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 

@@ -8,7 +8,7 @@ from evaluation_runs import TURBO
 from safetensors.torch import save_file
 
 from pso_utils.evaluate.loras import Model, applied, find_lora, source_state
-from pso_utils.families.loading import ModelSource, load_pipeline
+from pso_utils.families.loading import ModelSource, empty_parts, load_pipeline, read_model_info
 
 
 def test_one_of_several_files_can_be_named_and_training_folders_are_unambiguous(shared, tmp_path):
@@ -40,3 +40,13 @@ def test_a_lora_is_applied_within_the_context_alone_even_if_that_fails(shared):
         assert pipeline.get_active_adapters() == ["evaluated"]
         raise KeyboardInterrupt
     assert {name for name, _ in pipeline.unet.named_parameters()} == before
+
+
+def test_the_empty_parts_have_the_models_layers_and_no_memory(tiny_pipeline_dir):
+    source = ModelSource(tiny_pipeline_dir)
+    parts, pipeline = empty_parts(source, read_model_info(source)), load_pipeline(source)
+    assert parts.keys() == {"unet", "text_encoder", "text_encoder_2"}
+    for name, part in parts.items():
+        assert all(parameter.is_meta for parameter in part.parameters())
+        shapes = {key: value.shape for key, value in getattr(pipeline, name).state_dict().items()}
+        assert {key: value.shape for key, value in part.state_dict().items()} == shapes
