@@ -166,25 +166,6 @@ def two_processes(script: str, flags: list[str]):
     )
 
 
-def run_copy(script: str, flags: list[str], folder: Path) -> None:
-    """Runs a copy of a script, alone in `folder`, from a folder below it, with the project installed."""
-    copy = folder / "my_training.py"
-    copy.write_bytes((ROOT / script).read_bytes())
-    (folder / "elsewhere").mkdir()
-    result = subprocess.run(
-        [sys.executable, str(copy), *flags],
-        cwd=folder / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    # Libraries may warn on import; nothing that names our files or what we call may.
-    ours = [line for line in result.stderr.splitlines() if "pso" in line.lower() or "my_training" in line]
-    assert not [line for line in ours if "warn" in line.lower()]
-
-
 # ---- What a microbatch costs ----
 
 

@@ -307,6 +307,24 @@ def test_the_update_does_not_depend_on_how_its_pairs_are_batched(flags, tmp_path
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
 
 
+def test_repulsion_is_the_references_part_of_the_margin_of_the_last_steps():
+    repulsion, window = train_pso_lora_sdxl.repulsion, train_pso_lora_sdxl.REPULSION_WINDOW
+    assert repulsion([[3.0, -1.0]] * window, 1.0) == {"repulsion": pytest.approx(0.25)}
+    assert repulsion([[3.0, -1.0]] * window, 0.5) == {"repulsion": pytest.approx(0.5 / 3.5)}
+    assert repulsion([[-1.0, -3.0]] * window, 1.0) == {"repulsion": pytest.approx(1.5)}  # the targets' errors grew, too
+    assert repulsion([[3.0, -1.0]] * (window - 1), 1.0) == {}  # not enough steps yet
+    assert repulsion([[1.0, 1.0]] * window, 1.0) == {}  # no margin
+
+
+def test_a_run_that_pushes_the_losers_away_is_warned_of_once(flags, caplog, monkeypatch):
+    monkeypatch.setattr(train_pso_lora_sdxl, "REPULSION_WINDOW", 2)
+    monkeypatch.setattr(train_pso_lora_sdxl, "REPULSION_LIMIT", -1e9)  # any margin is above
+    lines = metrics(run(flags(max_train_steps=8, learning_rate=1e-2, rank=16)))
+    logged = [line["step"] for line in lines if "repulsion" in line]
+    assert logged and logged[0] > 1
+    assert len([record for record in caplog.records if record.message.startswith("repulsion is")]) == 1
+
+
 # ---- Tasks ----
 
 

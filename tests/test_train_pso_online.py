@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 from script_runs import (
+    ROOT,
     Event,
     HostSynchronizations,
     around_microbatches,
@@ -23,7 +26,6 @@ from script_runs import (
     cuda_synchronizations_are_errors,
     error_line,
     metrics,
-    run_copy,
     run_killed_and_resumed,
     to_flags,
     two_processes,
@@ -422,10 +424,23 @@ def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp
 
 
 def test_a_copy_of_the_script_runs_elsewhere_with_a_reward_beside_it(tiny_pipeline_dir, workspace, tmp_path):
+    copy = shutil.copy(ROOT / "train_pso_online.py", tmp_path / "my_training.py")
     shutil.copy(workspace / "own_reward.py", tmp_path / "my_reward.py")
+    (tmp_path / "elsewhere").mkdir()
     values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "out") | {"reward": "my_reward:score"}
-    run_copy("train_pso_online.py", to_flags(values | {"max_train_steps": 1, "num_validation_images": 1}), tmp_path)
+    result = subprocess.run(
+        [sys.executable, str(copy), *to_flags(values | {"max_train_steps": 1, "num_validation_images": 1})],
+        cwd=tmp_path / "elsewhere",
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    # Libraries may warn on import; nothing that names our files or what we call may.
+    ours = [line for line in result.stderr.splitlines() if "pso" in line.lower() or "my_training" in line]
+    assert not [line for line in ours if "warn" in line.lower()]
 
 
 def test_long_prompts_of_several_lines_are_drawn_and_trained_on(flags, tmp_path):

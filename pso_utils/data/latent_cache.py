@@ -112,8 +112,9 @@ class LatentCache:
     def __init__(self, folder: Path, accelerator: Accelerator, family: Family, loader: PairLoader):
         self.cache, self.accelerator, self.family, self.loader = TensorCache(folder), accelerator, family, loader
         if accelerator.is_main_process:
-            vae, data = fingerprint(family.pipeline.vae), loader.source.fingerprint
-            prepare_folder(folder, {"vae": vae, "data": data, "resolution": loader.resolution})
+            vae, resolution = family.pipeline.vae, loader.resolution
+            settings = {"vae": fingerprint(vae), "tiling": vae.use_tiling, "resolution": resolution}
+            prepare_folder(folder, {**settings, "data": loader.source.fingerprint})
         accelerator.wait_for_everyone()
 
     def fill(self):
