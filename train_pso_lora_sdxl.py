@@ -558,7 +558,11 @@ def run(args):
                 gains = [sums["target_gain"], sums["reference_gain"]]
                 state.recent_gains = [*state.recent_gains, gains][-REPULSION_WINDOW:]
                 metrics |= repulsion(state.recent_gains, args.reference_weight)
-                if args.task == "preference" and metrics.get("repulsion", 0) > REPULSION_LIMIT and not has_warned:
+                if (
+                    args.task == "preference"
+                    and metrics.get("repulsion", -math.inf) > REPULSION_LIMIT
+                    and not has_warned
+                ):
                     has_warned = True
                     logger.warning(
                         f"repulsion is {metrics['repulsion']:.2f}, above {REPULSION_LIMIT}: the losers are pushed away"
