@@ -106,7 +106,7 @@ def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pai
         # under the mdp weighting, the KL divergence of the class prompt's transitions from the base's
         class_drift = weighted_errors(base_predicted, predicted, weight)[2]
         loss = loss + args.class_anchor * class_drift
-        metrics |= {"loss": loss.detach(), "class_drift": class_drift.detach()}
+        metrics["class_drift"] = class_drift.detach()
     return loss, metrics
 
 
@@ -125,24 +125,30 @@ def diffusion_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: P
     inputs = diffusion_inputs(schedule, pairs.latents[0], pairs.noise, timesteps)
     model_output = family.predict(inputs.model_input, inputs.timesteps, pairs.conditioning)
     loss = ((model_output - inputs.target) ** 2).flatten(1).mean(1)
-    return loss, {"loss": loss.detach()}
+    return loss, {}
 
 
 class Loss(NamedTuple):
-    """All that a loss is; to add one's own, write its function and an entry of `LOSSES`.
+    """All that a loss is. To add one's own, write its function and an entry of `LOSSES`; flags that no other loss has
+    are added in `add_loss_arguments`, without a default.
 
     function: (family, schedule, weights [M] of the steps that may be drawn, pairs, args) -> the loss of each pair [b]
         and its metrics by name, [b] each.
-    flags: which of the loss's flags it reads; the others are refused, and these are in the log and the model card.
-    metrics: the names of its metrics, for a process that has no pairs and adds zeros.
+    flags: which of the losses' flags it reads; the others are refused, and these are in the log and the model card.
+        Without `weighting`, all of the schedule's steps may be drawn.
+    metrics: the names of its metrics (`loss` is one anyway), for a process that has no pairs and adds zeros.
     defaults: weighting -> what the flags are unless given; the first one that fits the schedule is the default
         weighting. None: by task, `TASK_DEFAULTS`.
+    takes_references: whether pairs have references; else it takes the targets alone.
+    method: what the model card calls it.
     """
 
     function: Callable[[Family, Schedule, Tensor, Pairs, object], tuple[Tensor, dict[str, Tensor]]]
     flags: Sequence[str]
     metrics: Sequence[str]
     defaults: dict[str, dict[str, float]] | None
+    takes_references: bool = True
+    method: str = "offline PSO"
 
 
 LOSSES = {
@@ -159,7 +165,14 @@ LOSSES = {
         # The release's, but for its reference_weight of 0.1, with which the hinge is regression onto the target.
         defaults={"epsilon": {"beta": 5.0, "reference_weight": 0.5, "prior_loss_weight": 0.5}},
     ),
-    "diffusion": Loss(diffusion_loss, flags=[], metrics=["loss"], defaults={}),
+    "diffusion": Loss(
+        diffusion_loss,
+        flags=[],
+        metrics=[],
+        defaults={},
+        takes_references=False,
+        method="plain diffusion loss",
+    ),
 }
 LOSS_FLAGS = list(dict.fromkeys(flag for loss in LOSSES.values() for flag in loss.flags))
 
@@ -190,10 +203,12 @@ def set_loss_defaults(args, schedule: Schedule) -> Tensor:
             owners = " or ".join(name for name, other in LOSSES.items() if flag in other.flags)
             raise UserError(f"--{flag} goes with --loss {owners}, not {args.loss}: drop it")
     if "weighting" not in loss.flags:
-        return torch.zeros(0)
+        return forward_weights(schedule, "x0")
     by_weighting = TASK_DEFAULTS[args.task] if loss.defaults is None else loss.defaults
     if args.weighting is None:
-        args.weighting = next(weighting for weighting in by_weighting if fits_schedule(schedule, weighting))
+        args.weighting = next((name for name in by_weighting if fits_schedule(schedule, name)), None)
+    if args.weighting is None:
+        raise UserError(f"--loss {args.loss} has no default --weighting for this schedule: pass one")
     weights = forward_weights(schedule, args.weighting)
     defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(args.weighting, {})
     defaults["class_anchor"] = CLASS_ANCHOR if args.task == "concept" else 0.0
@@ -308,7 +323,7 @@ def make_references(
 ) -> References | None:
     """The images that the model draws for targets without a reference: one of each caption (style), or
     --num_reference_images of the class (concept)."""
-    if source.has_references or args.loss == "diffusion":
+    if source.has_references or not LOSSES[args.loss].takes_references:
         return None
     captions = source.captions() if args.task == "style" else [args.class_prompt] * args.num_reference_images
 
@@ -377,6 +392,7 @@ class OfflineState(TrainingState):
     best_lora: dict[str, Tensor] | None = None  # here, so that a resumed run has that of its own checkpoint
     worse_validations: int = 0  # in a row, since the best
     recent_gains: list[list[float]] = field(default_factory=list)  # of targets and references, of the last steps
+    was_warned: bool = False  # of repulsion
 
 
 REPULSION_WINDOW, REPULSION_LIMIT = 20, 0.7  # optimizer steps; demo/README.md has where runs left the data
@@ -395,6 +411,23 @@ def repulsion(recent_gains: list[list[float]], reference_weight: float) -> dict[
     if len(recent_gains) < REPULSION_WINDOW or margin <= 0:
         return {}
     return {"repulsion": -reference_weight * references / margin}
+
+
+def watch_repulsion(args, state: OfflineState, sums: dict[str, float]) -> dict[str, float]:
+    """`repulsion` with the gains of a step added, for losses that have them; warns once where it is high."""
+    if not {"target_gain", "reference_gain"} <= sums.keys():
+        return {}
+    gains = [sums["target_gain"], sums["reference_gain"]]
+    state.recent_gains = [*state.recent_gains, gains][-REPULSION_WINDOW:]
+    values = repulsion(state.recent_gains, 1.0 if args.reference_weight is None else args.reference_weight)
+    is_high = args.task == "preference" and values.get("repulsion", -math.inf) > REPULSION_LIMIT
+    if is_high and not state.was_warned:
+        state.was_warned = True
+        logger.warning(
+            f"repulsion is {values['repulsion']:.2f}, above {REPULSION_LIMIT}: the losers are pushed away more than the"
+            " winners are approached, and samples may leave the data. Lower --learning_rate, or raise --target_anchor"
+        )
+    return values
 
 
 def keep_best(args, accelerator: Accelerator, family: Family, state: OfflineState, values: dict[str, float]) -> bool:
@@ -441,11 +474,14 @@ def run(args):
         args, family, family.pipeline.scheduler, stochastic=False, device=accelerator.device
     )
     deployment = models.deployment(args, family, family.pipeline.scheduler)
-    loss_function, loss_flags, metric_names, _ = LOSSES[args.loss]
+    entry = LOSSES[args.loss]
     weights = set_loss_defaults(args, schedule)
-    loss_settings = {flag: getattr(args, flag) for flag in loss_flags if flag != "class_anchor" or args.class_anchor}
+    loss_settings = {flag: getattr(args, flag) for flag in entry.flags}
+    metric_names = list(entry.metrics)
     if args.class_anchor:
-        metric_names = [*metric_names, "class_drift"]
+        metric_names.append("class_drift")
+    else:
+        loss_settings.pop("class_anchor", None)  # of concepts alone
 
     # The pairs
     minibatch_size = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
@@ -516,7 +552,7 @@ def run(args):
         + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
     )
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    stop = has_warned = False
+    stop = False
     while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
         first_step, start = state.global_step, state.position
         for minibatch in minibatches(state.epoch, state.position):
@@ -528,7 +564,7 @@ def run(args):
                     if not batch.ids:
                         continue
                     of_targets = batch.references
-                    if args.loss == "diffusion":
+                    if not entry.takes_references:
                         of_targets = None
                     elif references is not None:
                         num_references = len(references.captions)
@@ -538,12 +574,16 @@ def run(args):
             counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
             counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
 
-            # Update: how many pairs all processes have is known after the reduction; until then, the nominal number
+            # Update. How many pairs all processes have is known after the reduction only (images may be broken), so
+            # until then the losses are divided by the nominal number, and afterwards the gradients are set right
             zero_gradients(parameters)
-            sums = dict.fromkeys(metric_names, torch.zeros((), device=accelerator.device))
+            sums = dict.fromkeys(["loss", *metric_names], torch.zeros((), device=accelerator.device))
             for pairs in prepared:
-                loss, metrics = loss_function(family, schedule, weights, pairs, args)
+                loss, metrics = entry.function(family, schedule, weights, pairs, args)
+                if metrics.keys() | {"loss"} != sums.keys():
+                    raise ValueError(f"--loss {args.loss} returns {sorted(metrics)}, its entry has {metric_names}")
                 accelerator.backward(loss.sum() / minibatch_size)
+                metrics["loss"] = loss.detach()
                 sums = {name: total + metrics[name].sum() for name, total in sums.items()}
             sums = reduce_gradients(accelerator, parameters, sums | counts)
             state.position = minibatch.end
@@ -554,21 +594,7 @@ def run(args):
             for parameter in parameters:
                 parameter.grad.mul_(minibatch_size / num_pairs)
             metrics = {name: total / num_pairs for name, total in sums.items()} | {"pairs": num_pairs}
-            if args.loss == "sigmoid":
-                gains = [sums["target_gain"], sums["reference_gain"]]
-                state.recent_gains = [*state.recent_gains, gains][-REPULSION_WINDOW:]
-                metrics |= repulsion(state.recent_gains, args.reference_weight)
-                if (
-                    args.task == "preference"
-                    and metrics.get("repulsion", -math.inf) > REPULSION_LIMIT
-                    and not has_warned
-                ):
-                    has_warned = True
-                    logger.warning(
-                        f"repulsion is {metrics['repulsion']:.2f}, above {REPULSION_LIMIT}: the losers are pushed away"
-                        " more than the winners are approached, and samples may leave the data. Lower --learning_rate,"
-                        " or raise --target_anchor"
-                    )
+            metrics |= watch_repulsion(args, state, sums)
             metrics |= optimizer_step(
                 accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm
             )
@@ -607,7 +633,7 @@ def run(args):
         state.global_step = state.best_step
         save_lora(args, accelerator, family)
     settings = {
-        "method": "plain diffusion loss" if args.loss == "diffusion" else "offline PSO",
+        "method": entry.method,
         "optimizer steps": state.global_step,
         "trained timesteps": "all" if args.loss == "diffusion" else schedule.timesteps.tolist(),
         "task": args.task,

@@ -38,7 +38,10 @@ def test_imports_go_one_way():
         part = path.relative_to(ROOT / "pso_utils").parts[0].removesuffix(".py")
         ours = {module.split(".")[1] for module in imports(path) if module.startswith("pso_utils.")}
         assert part == "__init__" or ours <= {part, *MAY_IMPORT[part]}, path
-        assert not any(module.split(".")[0] in ("demo", "tests", "train_pso_online") for module in imports(path)), path
+        assert not any(
+            module.split(".")[0] in ("demo", "tests", "train_pso_online", "train_pso_lora_sdxl")
+            for module in imports(path)
+        ), path
 
 
 def test_only_families_know_what_differs_between_them():

@@ -325,6 +325,31 @@ def test_a_run_that_pushes_the_losers_away_is_warned_of_once(flags, caplog, monk
     assert sum("repulsion is" in record.message for record in caplog.records) == 1
 
 
+def ipo(family, schedule, weights, pairs, args):
+    """IPO (arXiv 2310.12036) on the errors of the clean latents, against the base."""
+    step_index = (pairs.uniform * len(weights)).long()
+    with torch.no_grad(), family.without_lora():
+        base = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
+    predicted = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
+    errors = [train_pso_lora_sdxl.weighted_errors(pairs.latents, x0, weights[step_index]) for x0 in (base, predicted)]
+    target_gain, reference_gain = errors[0] - errors[1]
+    margin = target_gain - reference_gain
+    return (margin - 1 / (2 * args.beta)) ** 2, {"margin": margin.detach()}
+
+
+def test_a_loss_of_ones_own_is_one_entry(flags, monkeypatch):
+    losses, entry = train_pso_lora_sdxl.LOSSES, train_pso_lora_sdxl.Loss
+    settings = {"flags": ["beta"], "defaults": {}}
+    monkeypatch.setitem(losses, "ipo", entry(ipo, metrics=["margin"], **settings))
+    folder = run(flags(loss="ipo", beta=5, learning_rate=1e-2, max_train_steps=3))
+    lines = metrics(folder)
+    assert all({"loss", "margin"} <= line.keys() for line in lines) and lines[0]["loss"] == pytest.approx(0.01)
+    assert "| loss | ipo |" in (folder / "README.md").read_text()
+    monkeypatch.setitem(losses, "ipo", entry(ipo, metrics=["accuracy"], **settings))
+    with pytest.raises(ValueError, match=r"--loss ipo returns \['margin'\], its entry has \['accuracy'\]"):
+        run(flags(loss="ipo", beta=5, output_dir=folder / "other"))
+
+
 # ---- Tasks ----
 
 

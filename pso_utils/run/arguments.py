@@ -26,7 +26,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds a flag's default to its help, unless it is none: then the help itself says what happens."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        is_none = action.default is None or action.default is False or action.default == []
+        return action.help if is_none else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -194,6 +195,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
 
 def check_output_dir(output_dir: str) -> None:
     """Raises UserError unless `output_dir` is, or can be made, a folder that may be written to."""
+    if not output_dir:
+        raise UserError("--output_dir is empty: pass a folder")
     path = Path(output_dir).absolute()
     folder = next(folder for folder in [path, *path.parents] if folder.exists())
     if not folder.is_dir():
