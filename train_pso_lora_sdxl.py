@@ -296,6 +296,7 @@ class Plan(NamedTuple):
 def check_arguments(args) -> Plan:
     arguments.check_output_dir(args.output_dir)
     arguments.check_packages(args)
+    arguments.check_idle_flags(args)
     if args.early_stopping_patience and not args.reward:
         raise UserError("--early_stopping_patience needs a --reward to tell which validation is the best")
     if args.early_stopping_patience and args.num_validation_images == 0:

@@ -92,6 +92,7 @@ class Plan(NamedTuple):
 def check_arguments(args) -> Plan:
     arguments.check_output_dir(args.output_dir)
     arguments.check_packages(args)
+    arguments.check_idle_flags(args)
     prompts = load_prompts(
         args.prompts,
         dataset_name=args.dataset_name,

@@ -215,3 +215,17 @@ def check_packages(args: argparse.Namespace) -> None:
     for package, (flag, is_asked) in needed.items():
         if is_asked and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}: run `pip install {package}`, or drop the flag")
+
+
+def check_idle_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that would do nothing in this run."""
+    if not args.reward:
+        for flag in ("reward_model", "reward_dtype"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} does nothing without --reward: pass that too, or drop it")
+    if args.hub_model_id and not args.push_to_hub:
+        raise UserError("--hub_model_id does nothing without --push_to_hub: pass that too, or drop it")
+    if args.validation_timesteps and args.validation_num_inference_steps:
+        raise UserError("--validation_timesteps and --validation_num_inference_steps are two schedules: pass one")
+    if args.lr_warmup_steps and args.lr_scheduler == "constant":
+        raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant: pass constant_with_warmup")

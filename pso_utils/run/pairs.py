@@ -7,6 +7,8 @@ from pso_utils.errors import UserError
 from pso_utils.run import arguments
 
 
+SHUFFLE_BUFFER_SIZE = 1000
+
 TASK_FLAGS = {
     "image_columns": ["preference"],
     "label_column": ["preference"],
@@ -46,7 +48,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--image_column", default="image", help="style: the image column of --dataset_name.")
     add("--caption_column", help="The caption column. Default: caption for preference, text for style.")
     add("--streaming", action="store_true", help="preference: read the data set while training, without keeping it.")
-    add("--shuffle_buffer_size", type=positive_int, default=1000, help="Records among which a stream is shuffled.")
+    add("--shuffle_buffer_size", type=positive_int, help="Records among which a stream is shuffled. Default: "
+        f"{SHUFFLE_BUFFER_SIZE}.")  # fmt: skip
     add("--instance_data_dir", help="concept: a folder of images of one thing.")
     add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
     add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
@@ -87,6 +90,10 @@ def open_source(args: argparse.Namespace) -> Table | Stream:
         raise UserError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
     if args.cache_latents and args.streaming:
         raise UserError("--cache_latents keeps on disk what --streaming is to spare it: drop one of them")
+    if args.shuffle_buffer_size is not None and not args.streaming:
+        raise UserError(
+            "--shuffle_buffer_size does nothing without --streaming: a table is shuffled as a whole; drop it"
+        )
     if args.streaming and args.max_train_steps is None:
         raise UserError("--streaming does not tell how many pairs there are: pass --max_train_steps")
     return SOURCES[args.task](args)
@@ -113,7 +120,7 @@ def preference_source(args: argparse.Namespace) -> Table | Stream:
         image_columns=args.image_columns,
         label_column=args.label_column,
         max_train_samples=args.max_train_samples,
-        shuffle_buffer_size=args.shuffle_buffer_size,
+        shuffle_buffer_size=args.shuffle_buffer_size or SHUFFLE_BUFFER_SIZE,
         **dataset_settings(args),
     )
 
