@@ -45,8 +45,8 @@ from pso_utils.losses import (
 from pso_utils.mdp import WEIGHTINGS, add_noise, diffusion_inputs, forward_weights, predict
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments, hub, models
-from pso_utils.run.accelerator import make_accelerator, one_line_errors
-from pso_utils.run.checkpoints import TrainingState, checkpoint_to_resume, resume, save_checkpoint
+from pso_utils.run.accelerator import make_accelerator, on_main_process, one_line_errors
+from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
 from pso_utils.run.model_card import scheduler_code
 from pso_utils.run.optimizer import (
@@ -441,10 +441,7 @@ def keep_best(args, accelerator: Accelerator, family: Family, state: OfflineStat
         state.best_reward, state.best_step, state.worse_validations = reward, state.global_step, 0
         lora = get_peft_model_state_dict(family.denoiser)
         state.best_lora = {key: value.to("cpu", copy=True) for key, value in lora.items()}
-        if accelerator.is_main_process:
-            Path(args.output_dir, "best").mkdir(exist_ok=True)
-            family.save_lora(Path(args.output_dir, "best"))
-        accelerator.wait_for_everyone()
+        on_main_process(accelerator, lambda: family.save_lora(Path(args.output_dir, "best")))
     elif state.best_step != state.global_step:
         state.worse_validations += 1
     return state.worse_validations >= args.early_stopping_patience
@@ -507,9 +504,12 @@ def run(args):
 
     optimizer, lr_scheduler = make_optimizer(args, accelerator, parameters, max_train_steps)
     state = OfflineState()
-    resume(accelerator, state, checkpoint)
+    checkpoints = Checkpoints(
+        accelerator, family, state, optimizer, lr_scheduler, args=args, max_train_steps=max_train_steps
+    )
+    checkpoints.load(checkpoint)
     is_resumed = checkpoint is not None
-    log = start_logs(accelerator, args, "pso_lora_sdxl", global_step=state.global_step, resumed=is_resumed)
+    log = start_logs(accelerator, args, "pso_lora_sdxl", state, resumed=is_resumed)
     if isinstance(source, Table) and source.num_ties:
         logger.info(f"{source.num_ties} ties are left out, {len(source)} pairs are kept")
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
@@ -544,16 +544,16 @@ def run(args):
         rewards=rewards,
         log=log,
     )
-    if not is_resumed:
+    stop = False
+    if validate.is_due(state):
         validate(state)
-        keep_best(args, accelerator, family, state, validate.values)
+        stop = keep_best(args, accelerator, family, state, validate.values)
 
     logger.info(
         f"steps of {minibatch_size} pairs at timesteps {schedule.timesteps.tolist()}; loss {args.loss}"
         + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
     )
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    stop = False
     while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
         first_step, start = state.global_step, state.position
         for minibatch in minibatches(state.epoch, state.position):
@@ -607,13 +607,13 @@ def run(args):
             if references is not None and state.global_step % refresh_steps == 0:
                 if state.global_step < max_train_steps:
                     reference_latents.refresh(state.global_step)
-            if state.global_step % args.validation_steps == 0:
+            is_last = state.global_step >= max_train_steps
+            if checkpoints.is_due(state.global_step - 1) and not is_last:
+                checkpoints.save()  # before the validation, which a resumed run makes up for
+            if validate.is_due(state) and not is_last:
                 validate(state)
                 stop = keep_best(args, accelerator, family, state, validate.values)
-            stop = stop or state.global_step >= max_train_steps
-            if state.global_step % args.checkpointing_steps == 0 and not stop:
-                save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
-            if stop:
+            if stop or is_last:
                 break
         else:
             if state.global_step == first_step and start == 0:

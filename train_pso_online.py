@@ -29,7 +29,7 @@ from pso_utils.mdp import log_prob, sample_trajectory
 from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, select_pairs
 from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, one_line_errors
-from pso_utils.run.checkpoints import TrainingState, checkpoint_to_resume, resume, save_checkpoint
+from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
 from pso_utils.run.optimizer import (
     make_optimizer,
@@ -222,9 +222,12 @@ def run(args):
 
     optimizer, lr_scheduler = make_optimizer(args, accelerator, parameters, max_train_steps)
     state = TrainingState()
-    resume(accelerator, state, checkpoint)
+    checkpoints = Checkpoints(
+        accelerator, family, state, optimizer, lr_scheduler, args=args, max_train_steps=max_train_steps
+    )
+    checkpoints.load(checkpoint)
     is_resumed = checkpoint is not None
-    log = start_logs(accelerator, args, "pso_online", global_step=state.global_step, resumed=is_resumed)
+    log = start_logs(accelerator, args, "pso_online", state, resumed=is_resumed)
     validate = Validation(
         args,
         accelerator,
@@ -236,7 +239,7 @@ def run(args):
         rewards=rewards,
         log=log,
     )
-    if not is_resumed:
+    if validate.is_due(state):
         validate(state)
 
     logger.info(
@@ -298,7 +301,7 @@ def run(args):
         state.tie_epochs = 0 if sum(num_pairs) else state.tie_epochs + 1
         if state.tie_epochs >= args.max_tie_epochs:
             if state.global_step > 0:
-                save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
+                checkpoints.save()
             raise UserError(
                 f"{state.tie_epochs} epochs in a row had nothing but ties (--max_tie_epochs): the reward tells no"
                 " samples of a prompt apart; use another --reward or --reward_combination, or more --samples_per_prompt"
@@ -347,11 +350,13 @@ def run(args):
             updates.set_postfix(loss=metrics["loss"], accuracy=metrics["pair_accuracy"])
         state.epoch += 1
 
-        # The state is complete between two epochs, so this is where a checkpoint can be taken
-        if state.global_step // args.validation_steps > first_step // args.validation_steps:
+        # The state is complete between two epochs, so this is where a checkpoint can be taken: before the validation,
+        # which a resumed run makes up for
+        if checkpoints.is_due(first_step) and not is_cut_short:
+            checkpoints.save()
+        is_last = state.epoch >= max_epochs or state.global_step >= max_train_steps
+        if validate.is_due(state) and not is_last:
             validate(state)
-        if state.global_step // args.checkpointing_steps > first_step // args.checkpointing_steps and not is_cut_short:
-            save_checkpoint(accelerator, args.output_dir, state.global_step, args.checkpoints_total_limit)
     updates.close()
 
     save_lora(args, accelerator, family)

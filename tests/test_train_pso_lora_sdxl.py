@@ -193,6 +193,7 @@ def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
     monkeypatch.setattr(models, "load_family", load_and_watch)
     monkeypatch.setattr(Accelerator, "backward", lambda *args: (moves.append("backward"), backward(*args))[1])
     changes = {"offload": True, "train_batch_size": 1, "gradient_accumulation_steps": 4, "max_train_steps": 2}
+    changes |= {"checkpointing_steps": 9}
     run(flags(**changes))
     there = [(name, "cpu") for name in ("text_encoder", "text_encoder_2", "vae")]
     back = [(name, "meta") for name in ("text_encoder", "text_encoder_2", "vae")]
@@ -391,6 +392,7 @@ def test_references_are_refreshed_from_the_model_that_the_policy_names(flags, de
 
 def test_references_of_a_run_that_was_otherwise_trained_are_not_taken_over(flags, tmp_path):
     changes = {"reference_policy": "current", "reference_refresh_steps": 2, "max_train_steps": 3}
+    changes |= {"checkpointing_steps": 9}  # none, or a new run would be refused in the folder
     for folder, rate in (("used", 1e-3), ("used", 1e-2), ("fresh", 1e-2)):
         run(flags("style", output_dir=tmp_path / folder, learning_rate=rate, **changes))
     assert_same_run(tmp_path / "used", tmp_path / "fresh")
@@ -434,7 +436,7 @@ def opened(monkeypatch) -> list[str]:
 
 
 def test_a_cache_encodes_each_image_once_and_trains_bit_for_bit_as_without_it(flags, tmp_path, opened):
-    changes = {"center_crop": True, "random_flip": True, "max_train_steps": 6}  # two epochs
+    changes = {"center_crop": True, "random_flip": True, "max_train_steps": 6, "checkpointing_steps": 9}  # two epochs
     plain = run(flags("style", output_dir=tmp_path / "plain", **changes))
     opened.clear()
     cached = run(flags("style", output_dir=tmp_path / "cached", cache_latents=True, **changes))
@@ -448,7 +450,7 @@ def test_a_cache_encodes_each_image_once_and_trains_bit_for_bit_as_without_it(fl
 
 def test_a_cached_run_refreshes_references_that_another_one_began(flags):
     """The class prompt is embedded before the text encoders go, though at first no reference is drawn."""
-    run(flags("concept", max_train_steps=1))
+    run(flags("concept", max_train_steps=1))  # which ends before a checkpoint
     changes = {"cache_latents": True, "center_crop": True, "reference_refresh_steps": 2, "num_validation_images": 1}
     folder = run(flags("concept", validation_prompts=["grinning face"], **changes))
     assert len(list((folder / "references" / "step-000002").glob("*.png"))) == 3
@@ -456,6 +458,7 @@ def test_a_cached_run_refreshes_references_that_another_one_began(flags):
 
 def test_references_are_cached_anew_at_each_refresh(flags, tmp_path, opened):
     changes = {"reference_policy": "current", "reference_refresh_steps": 2, "center_crop": True, "random_flip": True}
+    changes |= {"checkpointing_steps": 9}
     plain = run(flags("style", output_dir=tmp_path / "plain", learning_rate=1e-2, **changes))
     opened.clear()
     cached = run(flags("style", output_dir=tmp_path / "cached", learning_rate=1e-2, cache_latents=True, **changes))
@@ -482,12 +485,13 @@ def test_early_stopping_keeps_the_best_lora(flags, tmp_path, monkeypatch):
     best = load_file(folder / "checkpoint-1" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(value, weights(folder)[key]) for key, value in best.items())
 
-    # Taken up where nothing is left to do, and after another run has had the folder `best`: the checkpoint has its own
+    # Taken up before the validation of step 2, and after another run has had the folder `best`: the checkpoint has its
+    # own
     save_file({key: value + 1 for key, value in best.items()}, folder / "best" / "pytorch_lora_weights.safetensors")
-    for steps in (1, 2):
+    for steps in (2, 3):
         (tmp_path / "falling.py").write_text("def score(images, prompts):\n    return [1.0] * len(images)\n")
         sys.modules.pop("falling")
-        run(flags(**changes | {"resume_from_checkpoint": "checkpoint-1", "max_train_steps": steps}))
+        run(flags(**changes | {"resume_from_checkpoint": "checkpoint-2", "max_train_steps": steps}))
         assert all(torch.equal(value, weights(folder)[key]) for key, value in best.items())
 
 
@@ -578,7 +582,8 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, tasks, tmp_path):
         "while the 4th reference is drawn": Event("PIL.Image:Image.save", 4, path="references/step-000000"),
         "while the 5th latent is cached": Event("os:replace", 5, path="cache/latents"),
         "after optimizer step 5": Event("accelerate:Accelerator.backward", step=5),
-        "while checkpoint 4 is written": Event("accelerate:Accelerator.save_state", path="checkpoint-4", is_over=True),
+        "while checkpoint 4 is written": Event("os:fsync", 2, step=4),
+        "between checkpoint 4 and its validation": Event("PIL.Image:Image.save", path="validation/step-000004"),
     }
     run_killed_and_resumed("train_pso_lora_sdxl", to_flags(values), tmp_path, events)
     undisturbed = tmp_path / "undisturbed"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 from script_runs import (
@@ -35,8 +34,10 @@ from script_runs import (
 
 import train_pso_online
 from pso_utils.errors import UserError
+from pso_utils.families import Family
 from pso_utils.rewards import Rewards
 from pso_utils.run import hub, models
+from pso_utils.run.accelerator import check_launcher
 from tests.conftest import build_pipeline
 
 
@@ -338,12 +339,15 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path
         "num_validation_images": 1,
         "lr_scheduler": "cosine",
         "report_to": "tensorboard",
+        "validation_prompts": ["apple food"],
     }
     events = {
         # an epoch has 2 steps and samples by 8 calls of the model
         "sampling of epoch 1": Event("diffusers:UNet2DConditionModel.forward", 6, step=2),
         "after optimizer step 5": Event("accelerate:Accelerator.backward", step=5),
-        "while checkpoint 4 is written": Event("accelerate:Accelerator.save_state", path="checkpoint-4", is_over=True),
+        "while checkpoint 4 is written": Event("os:fsync", 2, step=4),
+        "between checkpoint 4 and its validation": Event("PIL.Image:Image.save", path="step-000004"),
+        "after the validation of checkpoint 4": Event("PIL.Image:Image.save", path="step-000004", is_over=True),
     }
     run_killed_and_resumed("train_pso_online", to_flags(values), tmp_path, events)
     undisturbed = tmp_path / "undisturbed"
@@ -359,9 +363,32 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path
     half = shutil.copytree(undisturbed, tmp_path / "half")
     newest = sorted(half.glob("checkpoint-*"))[-1]
     assert newest.name == "checkpoint-6"
-    os.truncate(newest / "optimizer.bin", 100)
+    os.truncate(newest / "training_state.pt", 100)
     run(to_flags(values | {"output_dir": half, "resume_from_checkpoint": "latest"}))
     assert_same_run(half, undisturbed)
+
+
+def test_a_checkpoint_is_written_before_the_validation_of_its_step(flags, tmp_path, monkeypatch):
+    """A run killed in between makes up for the validation when it is resumed, and logs it once."""
+    changes = {"checkpointing_steps": 2, "validation_steps": 2, "num_validation_images": 1}
+    changes |= {"validation_prompts": ["apple food"]}
+    whole, half = run(flags(output_dir=tmp_path / "whole", **changes)), tmp_path / "half"
+    save = Image.Image.save
+
+    def interrupt(self, path, **settings):
+        if "step-000002" in str(path):
+            raise KeyboardInterrupt
+        save(self, path, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", interrupt)
+        run(flags(output_dir=half, **changes))
+    picture = Path("validation", "step-000002.png")
+    assert (half / "checkpoint-2" / "manifest.json").is_file() and not (half / picture).exists()
+    run(flags(output_dir=half, resume_from_checkpoint="latest", **changes))
+    assert_same_run(half, whole)
+    assert [line["step"] for line in metrics(half) if "loss" not in line] == [0, 2, 4]
+    assert (half / picture).read_bytes() == (whole / picture).read_bytes()
 
 
 def tensorboard_steps(folder: Path) -> list[int]:
@@ -377,7 +404,7 @@ def test_8bit_adam_trains_and_resumes_bit_for_bit(flags, tmp_path, caplog):
     changes = {"use_8bit_adam": True, "rank": 64, "checkpointing_steps": 2}
     whole = run(flags(output_dir=tmp_path / "whole", **changes))
     half = run(flags(output_dir=tmp_path / "half", **changes | {"max_train_steps": 2}))
-    state = torch.load(half / "checkpoint-2" / "optimizer.bin", weights_only=False)["state"][0]
+    state = torch.load(half / "checkpoint-2" / "training_state.pt", weights_only=True)["optimizer"]["state"][0]
     state |= state.pop("__bnb_optimizer_quant_state__", {})
     assert state["state1"].dtype == state["state2"].dtype == torch.uint8
     run(flags(output_dir=half, resume_from_checkpoint="latest", **changes))
@@ -394,13 +421,43 @@ def test_a_new_run_does_not_write_over_the_checkpoints_of_an_earlier_one(flags, 
     assert (folder / "checkpoint-2").is_dir()
 
 
+def test_a_resumed_run_lists_what_differs_and_goes_on_for_longer(flags, tmp_path, caplog):
+    whole = run(flags(output_dir=tmp_path / "whole", checkpointing_steps=2))
+    half = run(flags(output_dir=tmp_path / "half", max_train_steps=2, checkpointing_steps=2))
+    moved = half.rename(tmp_path / "moved")
+    shutil.copy("prompts.txt", tmp_path / "prompts.txt")
+    run(flags(output_dir=moved, prompts=tmp_path / "prompts.txt", resume_from_checkpoint="latest"))
+    assert_same_run(moved, whole)
+    assert "--max_train_steps: 4 now, 2 when checkpoint-2 was written" in caplog.text
+    assert "--checkpointing_steps: None now, 2 when" in caplog.text
+    assert f"--prompts: {tmp_path / 'prompts.txt'} now" in caplog.text
+
+
+def test_a_lora_that_is_not_finite_is_no_result_and_the_latest_checkpoint_is_named(flags, monkeypatch, capsys):
+    def spoil(self, folder, **settings):
+        if Path(folder).name == "out":
+            with torch.no_grad():
+                next(p for p in self.denoiser.parameters() if p.requires_grad).fill_(float("nan"))
+        save(self, folder, **settings)
+
+    folder = run(flags(checkpointing_steps=2))
+    before = (folder / "pytorch_lora_weights.safetensors").read_bytes()
+    save = Family.save_lora
+    monkeypatch.setattr(Family, "save_lora", spoil)
+    with pytest.raises(SystemExit):
+        run(flags(checkpointing_steps=2, max_train_steps=6, resume_from_checkpoint="latest"))
+    error = error_line(capsys.readouterr().err)
+    assert "the LoRA is not finite" in error and "the latest checkpoint is checkpoint-6" in error
+    assert (folder / "pytorch_lora_weights.safetensors").read_bytes() == before
+
+
 def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags, tmp_path, caplog):
     whole = run(flags(max_train_steps=2, checkpointing_steps=2))
     folder = shutil.copytree(whole, tmp_path / "damaged")
-    (folder / "checkpoint-2" / "optimizer.bin").unlink()
+    (folder / "checkpoint-2" / "training_state.pt").unlink()
     run(flags(output_dir=folder, max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest"))
     assert_same_run(folder, whole)
-    assert "checkpoint-2 is incomplete (optimizer.bin is missing)" in caplog.text
+    assert "checkpoint-2 is not whole (training_state.pt is missing)" in caplog.text
 
 
 # ---- Processes and places ----
@@ -452,26 +509,47 @@ def test_long_prompts_of_several_lines_are_drawn_and_trained_on(flags, tmp_path)
 
 @pytest.fixture
 def repository(monkeypatch) -> dict:
-    """The hub's answers; what was uploaded, by name."""
-    uploaded = {}
+    """The hub's answers; what was asked of it and uploaded, by name."""
+    asked = {"is_private": True}
 
-    def upload(*, folder_path, allow_patterns, **values):
-        paths = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
-        uploaded.update(values | {"files": set(filter_repo_objects(paths, allow_patterns=allow_patterns))})
+    def create(name, **values):
+        asked.update(values)
+        return type("Repo", (), {"repo_id": f"me/{name}"})
 
-    monkeypatch.setattr(hub, "create_repo", lambda name, **_: type("Repo", (), {"repo_id": f"me/{name}"}))
-    monkeypatch.setattr(hub, "upload_folder", upload)
-    return uploaded
+    def commit(repo_id, operations, **values):
+        files = {operation.path_in_repo: Path(operation.path_or_fileobj).read_bytes() for operation in operations}
+        asked.update(values | {"repo_id": repo_id, "files": files})
+
+    monkeypatch.setattr(hub, "create_repo", create)
+    monkeypatch.setattr(hub, "model_info", lambda *_, **__: type("Info", (), {"private": asked["is_private"]}))
+    monkeypatch.setattr(hub, "create_commit", commit)
+    return asked
 
 
-def test_what_leaves_the_machine_is_the_result_file_by_file(flags, repository, tmp_path):
-    (tmp_path / "out" / "cache").mkdir(parents=True)
-    (tmp_path / "out" / "cache" / "0.safetensors").write_text("the user's training images")
-    changes = {"num_validation_images": 1, "output_kohya_format": True, "checkpointing_steps": 1}
-    run(flags(max_train_steps=3, report_to="tensorboard", push_to_hub=True, hub_model_id="panda", **changes))
-    assert (tmp_path / "out" / "checkpoint-2").is_dir() and (tmp_path / "out" / "logs").is_dir()
-    assert repository["repo_id"] == "me/panda"
-    assert repository["files"] == {
+PLANTED = """
+.env id_rsa cache/0.safetensors references/step-000000/0.png best/pytorch_lora_weights.safetensors logs/README.md
+validation/x.txt validation/sub/y.png validation/step-000009/z.png validation/private.png checkpoint-7/README.md
+before_after.png.bak other/pytorch_lora_weights.safetensors before_after.jpg
+""".split()
+
+
+@pytest.mark.parametrize("is_here", [False, True], ids=["a folder", "the current folder"])
+def test_what_leaves_the_machine_is_the_result_file_by_file(
+    flags, repository, tiny_pipeline_dir, tmp_path, monkeypatch, capfd, caplog, is_here
+):
+    folder = tmp_path / "out"
+    for name in PLANTED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("the user's own")
+    (folder / "validation" / "step-000008.png").symlink_to(folder / "id_rsa")
+    if is_here:
+        monkeypatch.chdir(folder)
+    changes = {"num_validation_images": 1, "output_kohya_format": True, "checkpointing_steps": 1, "hub_token": "hf_S3"}
+    changes |= {"output_dir": "." if is_here else folder, "report_to": "tensorboard", "max_train_steps": 3}
+    run(flags(push_to_hub=True, hub_model_id="panda", **changes))
+    assert (folder / "checkpoint-2").is_dir() and (folder / "logs" / "pso_online").is_dir()
+    assert repository["repo_id"] == "me/panda" and repository["private"] is True and repository["token"] == "hf_S3"
+    assert set(repository["files"]) == {
         "README.md",
         "pytorch_lora_weights.safetensors",
         "pytorch_lora_weights_kohya.safetensors",
@@ -479,18 +557,49 @@ def test_what_leaves_the_machine_is_the_result_file_by_file(flags, repository, t
         "validation/step-000000.png",
         "validation/step-000003.png",
     }
+    # neither paths nor the token leave it, and the token is written nowhere
+    for content in repository["files"].values():
+        assert not any(
+            str(path).encode() in content for path in (tmp_path, Path(tiny_pipeline_dir).parent, Path.home())
+        )
+    assert f"from_pretrained('{Path(tiny_pipeline_dir).name}'" in repository["files"]["README.md"].decode()
+    for path in folder.rglob("*"):
+        assert not path.is_file() or b"hf_S3" not in path.read_bytes(), path
+    output = capfd.readouterr()
+    assert "hf_S3" not in output.out + output.err + caplog.text
 
 
-def test_an_upload_that_fails_says_how_to_make_up_for_it(flags, repository, monkeypatch):
-    def fail(**values):
-        raise RuntimeError("connection lost\nin the middle")
+def test_a_public_repository_is_uploaded_to_only_where_that_is_asked_for(flags, repository):
+    repository["is_private"] = False
+    accelerator = type("Accelerator", (), {"is_main_process": True})
+    for changes, is_refused in (({}, True), ({"hub_public": True}, False)):
+        args = train_pso_online.parse_args(flags(push_to_hub=True, hub_model_id="panda", **changes))
+        if is_refused:
+            with pytest.raises(UserError, match="me/panda is public: pass --hub_public"):
+                hub.create_hub_repository(accelerator, args)
+        else:
+            assert hub.create_hub_repository(accelerator, args) == "me/panda" and repository["private"] is False
 
-    monkeypatch.setattr(hub, "upload_folder", fail)
-    args = train_pso_online.parse_args(flags(push_to_hub=True, hub_model_id="panda"))
-    with pytest.raises(UserError) as error:
-        hub.push_folder("me/panda", args)
-    assert "connection lost" in str(error.value) and "\n" not in str(error.value)
-    assert f"hf upload me/panda {args.output_dir} --include 'README.md'" in str(error.value)
+
+def test_an_upload_that_fails_says_how_to_make_up_for_it_without_the_token(flags, repository, tmp_path, monkeypatch):
+    def fail(*args, **values):
+        raise RuntimeError("connection lost with hf_given and hf_environment\nin the middle")
+
+    monkeypatch.setenv("HF_TOKEN", "hf_environment")
+    monkeypatch.setattr(hub, "create_commit", fail)
+    monkeypatch.setattr(hub, "create_repo", fail)
+    changes = {"push_to_hub": True, "hub_model_id": "panda", "hub_token": " hf_given\n"}
+    args = train_pso_online.parse_args(flags(**changes))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("")
+    accelerator = type("Accelerator", (), {"is_main_process": True})
+    for call in (lambda: hub.push_result("me/panda", args), lambda: hub.create_hub_repository(accelerator, args)):
+        with pytest.raises(UserError) as error:
+            call()
+        assert "connection lost with *** and ***" in str(error.value) and "\n" not in str(error.value)
+        assert error.value.__suppress_context__
+        if "hf upload" in str(error.value):
+            assert f"hf upload me/panda {args.output_dir} . --include README.md" in str(error.value)
 
 
 # ---- Bad input ----
@@ -514,9 +623,17 @@ def write_file(folder: Path) -> Path:
     return path
 
 
+def write_prompts(folder: Path) -> Path:
+    path = folder / "others.txt"
+    path.write_text("a cat\n")
+    return path
+
+
 def new(folder: Path) -> Path:
     return folder / "new"
 
+
+NEW_RUN = {"resume_from_checkpoint": None, "output_dir": new}
 
 BAD_INPUT = {
     "no prompts file": ({"prompts": "missing.txt"}, "missing.txt is not a file"),
@@ -537,20 +654,29 @@ BAD_INPUT = {
     "output_dir is a file": ({"output_dir": write_file}, "is a file"),
     "guidance": ({"guidance_scale": 5.0}, "--guidance_scale 5.0"),
     "distilled UNet of another architecture": ({"distilled_unet": write_other_unet}, "other_unet.safetensors"),
-    "a pickle that is no weights": ({"distilled_unet": write_pickle}, "weights"),
+    "a pickle that is no weights": ({"distilled_unet": write_pickle} | NEW_RUN, "weights"),
     "no pipeline": ({"pretrained_model_name_or_path": write_file}, "model_index.json"),
     "no such pipeline": ({"pretrained_model_name_or_path": "./nowhere"}, "does not exist"),
     "no such checkpoint": ({"resume_from_checkpoint": "checkpoint-99"}, "checkpoint-99 does not exist"),
     "another rank": ({"rank": 8, "resume_from_checkpoint": "latest"}, "rank 4"),
-    "fp16 on a CPU": ({"mixed_precision": "fp16", "resume_from_checkpoint": None, "output_dir": new}, "needs a GPU"),
+    "fp16 on a CPU": ({"mixed_precision": "fp16"} | NEW_RUN, "needs a GPU"),
     "fp16 after another precision": ({"mixed_precision": "fp16"}, "pass --mixed_precision no or bf16"),
     "8-bit Adam after Adam": ({"use_8bit_adam": True}, "drop --use_8bit_adam"),
     "seed": ({"seed": 2**32}, "--seed"),
     "infinite learning rate": ({"learning_rate": "inf"}, "--learning_rate"),
     "beta1": ({"adam_beta1": 1}, "--adam_beta1"),
-    "end of the learning rate schedule": ({"lr_scheduler": "polynomial", "learning_rate": 1e-8}, "--learning_rate"),
-    "variant": ({"variant": "fp16"}, "drop --variant"),
+    "end of the learning rate schedule": (
+        {"lr_scheduler": "polynomial", "learning_rate": 1e-8} | NEW_RUN,
+        "--learning_rate",
+    ),
+    "variant": ({"variant": "fp16"} | NEW_RUN, "drop --variant"),
     "name on the hub": ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "--hub_model_id"),
+    "a token that wandb records": ({"report_to": "wandb", "hub_token": "hf_secret"}, "set HF_TOKEN"),
+    "resumed with another learning rate": ({"learning_rate": 1e-3}, "--learning_rate 0.01"),
+    "resumed with another seed": ({"seed": 1}, "--seed 0"),
+    "resumed with another reward": ({"reward": "own_reward:score"}, "--reward jpeg_compressibility"),
+    "resumed with other prompts": ({"prompts": write_prompts}, "--prompts"),
+    "resumed with another beta": ({"beta": 9}, "--beta 50"),
     "xformers without a GPU": ({"enable_xformers_memory_efficient_attention": True}, "drop the flag"),
     "no batch": ({"train_batch_size": 0}, "--train_batch_size"),
     "one sample": ({"samples_per_prompt": 1}, "--samples_per_prompt"),
@@ -575,7 +701,8 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, earlier_run, tmp_path
     files = {path: path.read_bytes() for path in folder.glob("checkpoint-*/*")}
     with pytest.raises(SystemExit) as stop:
         run(flags(**{"resume_from_checkpoint": "latest", "max_train_steps": 4} | changes))
-    assert stop.value.code == 2 and message in error_line(capsys.readouterr().err)
+    error = error_line(capsys.readouterr().err)
+    assert stop.value.code == 2 and message in error and "hf_secret" not in error
     assert files and all(path.read_bytes() == content for path, content in files.items())
 
 
@@ -584,6 +711,50 @@ def test_a_launcher_that_is_not_supported_is_named(flags, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(flags())
     assert "DEEPSPEED" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE says that 2 processes run, but accelerate sees 1"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "SLURM_STEP_NUM_TASKS says that 4 processes run"),
+        ({"SLURM_PROCID": "3"}, "this is SLURM's task 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_processes_that_accelerate_does_not_see_are_one_line(
+    flags, monkeypatch, tmp_path, capsys, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        run(flags())
+    assert stop.value.code == 2 and message in error_line(capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_launcher_sets_for_one_process_is_fine(flags, monkeypatch):
+    for name, value in {
+        "SLURM_NTASKS": "8",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+        "WORLD_SIZE": "",
+    }.items():
+        monkeypatch.setenv(name, value)
+    check_launcher(1)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launcher(2)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_one_process(tiny_pipeline_dir, workspace, tmp_path):
+    values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "one") | {"max_train_steps": 1}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(ROOT / "train_pso_online.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *to_flags(values)], check=True, env=environment, timeout=300)
+    assert [line["step"] for line in metrics(tmp_path / "one")] == [1]
 
 
 def test_flags_that_cannot_work_are_refused_before_a_model_is_loaded(flags, earlier_run, tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path)
     command = [sys.executable, *(token.format(**folders) for token in shlex.split(row.command))]
     command += ["--learning_rate", learning_rate, "--seed", str(seed), "--max_train_steps", str(steps)]
     command += ["--checkpointing_steps", str(max(1, steps // NUM_CHECKPOINTS)), "--output_dir", str(folder)]
+    command += ["--checkpointing_minutes", "1e6", "--checkpoints_total_limit", str(NUM_CHECKPOINTS + 1)]
     start, cpu_start = time.time(), children_cpu_seconds()
     with (folder / "log.txt").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
@@ -201,7 +202,7 @@ def train_by_script(args, row: Row, learning_rate: str, seed: int, folder: Path)
     checkpoints = []
     for path in folder.glob("checkpoint-*/manifest.json"):
         manifest = json.loads(path.read_text())
-        seconds = (manifest["time_ns"] / 1e9 - start) / wall_seconds * cpu_seconds
+        seconds = (path.stat().st_mtime - start) / wall_seconds * cpu_seconds
         checkpoints.append({"step": manifest["global_step"], "seconds": seconds, "weights": path.parent.name})
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint["step"] < steps]
     return [*sorted(earlier, key=lambda checkpoint: checkpoint["step"]), last]

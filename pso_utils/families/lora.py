@@ -1,5 +1,6 @@
 """The LoRA that is trained: added to a denoiser, turned off for the base, written for pipelines and Kohya's users."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,9 +104,11 @@ def save_lora(
     keys for ComfyUI and others in a second file, which `load_lora_weights(folder)` passes over.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it is not finite, or cannot be written; a file that was there stands as it did.
     """
     state_dict = get_peft_model_state_dict(denoiser)
+    if not all(value.isfinite().all() for value in state_dict.values()):
+        raise UserError(f"the LoRA is not finite, so it is not written to {folder}: lower --learning_rate or --beta")
     metadata = _collate_lora_metadata({part: denoiser})  # without it a LoRA loads with alpha = rank
     for values in metadata.values():
         values.update({key: sorted(value) for key, value in values.items() if isinstance(value, set)})
@@ -118,8 +121,16 @@ def save_lora(
             weights = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in weights.items()}
             weights = {key: value.contiguous() for key, value in weights.items()}
             save_file(weights, Path(folder, KOHYA_WEIGHT_NAME), metadata={"format": "pt"})
+        for name in (LORA_WEIGHT_NAME_SAFE, KOHYA_WEIGHT_NAME)[: 1 + kohya]:
+            Path(folder, name).chmod(0o666 & ~_umask())  # safetensors lets the owner alone read it
     except (SafetensorError, OSError) as error:  # a full disk, for instance
         raise UserError(f"the LoRA cannot be written to {folder} ({first_line(error)}); make room there") from error
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def load_lora(denoiser: ModelMixin, part: str, folder) -> None:

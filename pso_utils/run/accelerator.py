@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import diffusers
@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from tqdm.auto import tqdm
 
-from pso_utils.errors import UserError
+from pso_utils.errors import UserError, first_line
 
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,6 +57,44 @@ def mixed_precision(args) -> str:
     return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
+def check_launcher(num_processes: int) -> None:
+    """Raises UserError where a launcher started more processes than accelerate sees: each would train alone, as the
+    first, into one folder. (SLURM_NTASKS is set in plain sbatch scripts, too, and says nothing.)"""
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        started = int(os.environ.get(name) or 1)
+        if started > num_processes:
+            raise UserError(
+                f"{name} says that {started} processes run, but accelerate sees {num_processes}: start them by"
+                " `accelerate launch` (on CPUs with ACCELERATE_USE_CPU=1 and --multi_gpu), or one alone"
+            )
+    if num_processes == 1 and int(os.environ.get("SLURM_PROCID") or 0) > 0:
+        raise UserError(
+            f"this is SLURM's task {os.environ['SLURM_PROCID']}, and accelerate sees one process: start one task a node"
+            " that runs `accelerate launch`"
+        )
+
+
+def on_main_process(accelerator: Accelerator, write: Callable[[], None]) -> None:
+    """Calls `write` on the main process; all processes call this, and where it fails all of them stop, or the others
+    would wait for the main one in their next collective call.
+
+    Raises:
+        UserError: the main process's, or that there was one.
+    """
+    problem = None
+    if accelerator.is_main_process:
+        try:
+            write()
+        except (UserError, OSError) as error:
+            problem = error
+    has_failed = torch.tensor(float(problem is not None), device=accelerator.device)
+    if accelerator.reduce(has_failed, "sum") == 0:
+        return
+    if isinstance(problem, UserError):
+        raise problem
+    raise UserError(first_line(problem) if problem else "the main process stopped, see its message") from problem
+
+
 def make_accelerator(args) -> Accelerator:
     """The accelerator, with output folder, logging, seeds and TF32 set up.
 
@@ -82,6 +120,7 @@ def make_accelerator(args) -> Accelerator:
     distributed = accelerator.distributed_type.value
     if distributed != "NO" and not distributed.startswith("MULTI_"):
         raise UserError(f"accelerate's {distributed} is not supported: use one process or plain multi-GPU")
+    check_launcher(accelerator.num_processes)
     # accelerate would divide the loss by the accumulation steps of its own config; the scripts weigh their own losses.
     accelerator.gradient_accumulation_steps = 1
 

@@ -171,10 +171,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
     add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
-    add("--checkpointing_steps", type=positive_int, default=500, help="Save a checkpoint every so many optimizer "
-        "steps; online at the next epoch boundary.")  # fmt: skip
-    add("--checkpoints_total_limit", type=positive_int, help="Keep only so many of the newest checkpoints. Default: "
-        "all.")  # fmt: skip
+    add("--checkpointing_steps", type=positive_int, help="Save a checkpoint every so many optimizer steps; online at "
+        "the next epoch boundary. Default: a tenth of the run, at most 500.")  # fmt: skip
+    add("--checkpointing_minutes", type=positive_float, default=30.0, help="Save one also when so many minutes have "
+        "passed since the last one.")  # fmt: skip
+    add("--checkpoints_total_limit", type=positive_int, default=3, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint's path, or `latest` (a new run where there is none).")
     add("--validation_prompts", nargs="+", help="Prompts of the validation images. Default: the first four training "
         "prompts; of a concept its own and its class's.")  # fmt: skip
@@ -190,7 +191,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
     add("--logging_dir", default="logs", help="Folder for TensorBoard's files, inside --output_dir.")
     add("--push_to_hub", action="store_true", help="Upload the result to the hub.")
     add("--hub_model_id", help="Repository to upload to. Default: the name of --output_dir.")
-    add("--hub_token", help="Token for the hub. Default: the one that you are logged in with.")
+    add("--hub_public", action="store_true", help="Make the repository public. Default: private.")
+    add("--hub_token", type=str.strip, help="Token for the hub, visible to whoever sees the command line: better set "
+        "HF_TOKEN. Default: that, or the one that you are logged in with.")  # fmt: skip
 
 
 def check_output_dir(output_dir: str) -> None:
@@ -207,6 +210,11 @@ def check_output_dir(output_dir: str) -> None:
 
 def check_packages(args: argparse.Namespace) -> None:
     """Raises UserError where a flag needs a package that is not installed."""
+    if args.report_to == "wandb" and getattr(args, "hub_token", None):
+        raise UserError(
+            "--hub_token with --report_to wandb would be recorded with the command line: set HF_TOKEN, or run `hf auth"
+            " login`, and drop it"
+        )
     needed = {
         "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
         "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),

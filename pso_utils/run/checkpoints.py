@@ -1,13 +1,15 @@
-"""Checkpoints that are complete or absent.
+"""Checkpoints that are complete or absent, and run no code when they are read.
 
-A checkpoint is `output_dir/checkpoint-{global_step}`: the LoRA as pipelines load it, accelerate's state of optimizer,
-learning rate and random generators, and a manifest with the size of every file. It is written under another name and
-renamed when the manifest is in it.
+A checkpoint is `output_dir/checkpoint-{global_step}`: the LoRA as pipelines load it, a file with the state of the
+optimizer, the learning rate and the run (no random generators: every draw is keyed), and a manifest with the size and
+the SHA-256 of each file. It is written under another name and renamed when all of it is on the disk.
 """
 
 import argparse
+import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -18,7 +20,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.constants import OPTIMIZER_NAME, SCALER_NAME
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
 
@@ -26,13 +27,15 @@ from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.loading import ModelInfo
 from pso_utils.families.lora import load_lora
-from pso_utils.run.accelerator import mixed_precision
+from pso_utils.run.accelerator import mixed_precision, on_main_process
 from pso_utils.run.optimizer import initialize_grad_scaler
+from pso_utils.run.resumption import changed_flags, recorded_flags
 
 
 logger = logging.getLogger(__name__)  # not accelerate's, which is of no use before there is an accelerator
 
 MANIFEST_NAME = "manifest.json"
+STATE_NAME = "training_state.pt"
 _PARTIAL_SUFFIX = ".partial"
 
 
@@ -52,6 +55,9 @@ class TrainingState:
         return asdict(self)
 
     def load_state_dict(self, state: dict):
+        """Raises UserError for a state of other names."""
+        if not isinstance(state, dict) or state.keys() != asdict(self).keys():
+            raise UserError("the checkpoint is of the other training script, or of another version: pass another one")
         self.__dict__.update(state)
 
 
@@ -65,7 +71,7 @@ def check_checkpoint_lora(
         with safe_open(path, "pt") as file:
             config = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
         stored = config[f"{part}.r"], config[f"{part}.lora_alpha"], set(config[f"{part}.target_modules"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint} holds no LoRA of this project; resume from another checkpoint") from error
     if stored != (rank, lora_alpha, set(target_modules)):
         raise UserError(
@@ -75,81 +81,174 @@ def check_checkpoint_lora(
         )
 
 
+def read_state(checkpoint) -> dict:
+    """The states of `optimizer`, `lr_scheduler`, `scaler` (None without fp16) and `run`, on the CPU. Nothing in the
+    file is run: torch reads it as weights alone.
+
+    Raises:
+        UserError: the file cannot be read so, or holds something else.
+    """
+    path = Path(checkpoint, STATE_NAME)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["optimizer"]["state"].values()
+        return {name: state[name] for name in ("optimizer", "lr_scheduler", "scaler", "run")}
+    except Exception as error:  # on a damaged pickle torch's unpickler raises nearly anything, struct.error included
+        raise UserError(
+            f"{path} is no state that a run of this version wrote ({type(error).__name__}): resume from another"
+            " checkpoint"
+        ) from error
+
+
 def check_checkpoint_optimizer(checkpoint, *, use_8bit_adam: bool, mixed_precision: str) -> None:
     """Raises UserError unless the checkpoint's optimizer state is what a run with these flags loads.
 
     A run in fp16 needs the state of a gradient scaler; one in another precision passes it over.
     """
-    path = Path(checkpoint, f"{OPTIMIZER_NAME}.bin")
-    states = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state"]
-    eight_bit = not any("exp_avg" in state for state in states.values())  # torch's name for it, not bitsandbytes'
+    state = read_state(checkpoint)
+    states = state["optimizer"]["state"]
+    eight_bit = not any("exp_avg" in values for values in states.values())  # torch's name for it, not bitsandbytes'
     if states and eight_bit != use_8bit_adam:
         what, remedy = ("an 8-bit", "pass") if eight_bit else ("a 32-bit", "drop")
         raise UserError(f"{checkpoint} holds {what} optimizer's state: {remedy} --use_8bit_adam to resume from it")
-    if mixed_precision == "fp16" and not Path(checkpoint, SCALER_NAME).is_file():
+    if mixed_precision == "fp16" and state["scaler"] is None:
         raise UserError(
             f"{checkpoint} holds no fp16 run's gradient scale: pass --mixed_precision no or bf16 to resume from it"
         )
 
 
-def register_lora_hooks(accelerator: Accelerator, family: Family) -> None:
-    """Makes `save_state` write the LoRA of the family's denoiser instead of the whole denoiser, and `load_state` read
-    it back in float32.
-
-    `load_state` raises UserError for a LoRA that does not fit, before it has changed anything.
-    """
-
-    def save_hook(models, weights, output_dir):
-        if accelerator.is_main_process:
-            family.save_lora(output_dir)
-        weights.clear()
-
-    def load_hook(models, input_dir):
-        config = family.denoiser.peft_config["default"]
-        settings = {"lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
-        check_checkpoint_lora(input_dir, family.denoiser_name, rank=config.r, **settings)
-        load_lora(family.denoiser, family.denoiser_name, input_dir)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
-
-
 # ---- Writing and finding checkpoints ----
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir, global_step: int, total_limit: int | None = None) -> Path:
-    """Writes `output_dir/checkpoint-{global_step}`, all or nothing; every process must call it.
+class Checkpoints:
+    """Writes and reads the checkpoints of a run, all of whose processes call its methods. At most
+    --checkpoints_total_limit stand after one was written, and that one always does.
 
-    Afterwards at most `total_limit` checkpoints stand (None: all); the one just written always stays, so there is
-    never none that is complete.
-
-    Raises:
-        UserError: it cannot be written; the checkpoints before it stand as they did.
+    Args:
+        args: the flags, which the manifest records.
+        max_train_steps: of the whole run.
     """
-    checkpoint = Path(output_dir, f"checkpoint-{global_step}")
-    partial = Path(output_dir, checkpoint.name + _PARTIAL_SUFFIX)
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial))
-    except (UserError, OSError, RuntimeError) as error:  # RuntimeError: torch.save's, for a full disk too
-        raise UserError(
-            f"{checkpoint} cannot be written ({first_line(error)}); make room on the disk and pass "
-            "--resume_from_checkpoint latest: the checkpoints before it are whole"
-        ) from error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = {str(path.relative_to(partial)): path.stat().st_size for path in _files(partial)}
-        manifest = {"global_step": global_step, "time_ns": time.time_ns(), "files": files}
-        (partial / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        family: Family,
+        state: TrainingState,
+        optimizer,
+        lr_scheduler,
+        *,
+        args: argparse.Namespace,
+        max_train_steps: int,
+    ):
+        self.accelerator, self.family, self.state, self.args = accelerator, family, state, args
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.interval = args.checkpointing_steps or min(max(max_train_steps // 10, 1), 500)
+        self._saved_at = time.monotonic()
+        # once, and by the process that writes: it reads what the flags name
+        self._recorded = recorded_flags(args) if accelerator.is_main_process else None
+
+    def is_due(self, first_step: int) -> bool:
+        """Whether one is due, by the steps since `first_step` or by the main process's clock."""
+        by_clock = time.monotonic() - self._saved_at >= 60 * self.args.checkpointing_minutes
+        by_clock = torch.tensor(float(by_clock and self.accelerator.is_main_process), device=self.accelerator.device)
+        by_steps = self.state.global_step // self.interval > first_step // self.interval
+        return by_steps or bool(self.accelerator.reduce(by_clock, "sum") > 0)
+
+    def save(self) -> Path:
+        """Writes `output_dir/checkpoint-{global_step}`, all or nothing.
+
+        Raises:
+            UserError: it cannot be written, or the LoRA is not finite; the checkpoints before it stand as they did.
+        """
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        try:
+            on_main_process(self.accelerator, lambda: self._write(checkpoint))
+        except UserError as error:
+            raise UserError(
+                f"{checkpoint} is not written: {str(error).rstrip('.')}; {latest_line(self.args.output_dir)}"
+            ) from error
+        self._saved_at = time.monotonic()
+        return checkpoint
+
+    def _write(self, checkpoint: Path):
+        """All or nothing, on the main process."""
+        partial = checkpoint.with_name(checkpoint.name + _PARTIAL_SUFFIX)
+        replaced = checkpoint.with_name(f"{checkpoint.name}-replaced{_PARTIAL_SUFFIX}")
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            self._write_files(partial)
+        except RuntimeError as error:  # torch.save's, for a full disk
+            raise UserError(f"{first_line(error)}; make room there") from error
         if checkpoint.exists():  # of a run before this one, or damaged
-            os.replace(checkpoint, checkpoint.with_name(f"{checkpoint.name}-replaced{_PARTIAL_SUFFIX}"))
+            os.replace(checkpoint, replaced)
         os.replace(partial, checkpoint)
-        _rotate(checkpoint, total_limit)
-    accelerator.wait_for_everyone()
-    return checkpoint
+        _sync(checkpoint.parent)
+        _rotate(checkpoint, self.args.checkpoints_total_limit)
+
+    def _write_files(self, folder: Path):
+        self.family.save_lora(folder)
+        scaler = self.accelerator.scaler
+        states = {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "run": self.state.state_dict(),
+        }
+        torch.save(states, folder / STATE_NAME)
+        files = {}
+        for path in _files(folder):
+            _sync(path)
+            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        # which of two was written later does not depend on the clock
+        counter = 1 + max((_counter(path) for path in _checkpoints(self.args.output_dir)), default=0)
+        manifest = {"global_step": self.state.global_step, "counter": counter, "files": files}
+        manifest |= self._recorded
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2))
+        _sync(folder / MANIFEST_NAME)
+        _sync(folder)
+
+    def load(self, checkpoint: Path | None):
+        """Goes on from a checkpoint; None: a new run.
+
+        Raises:
+            UserError: it does not fit.
+        """
+        if checkpoint is not None:
+            if self.accelerator.is_main_process:
+                logger.info(f"resuming from {checkpoint}")
+                for line in changed_flags(self._recorded, _manifest(checkpoint), checkpoint):
+                    logger.info(line)
+            config = self.family.denoiser.peft_config["default"]
+            settings = {"lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+            check_checkpoint_lora(checkpoint, self.family.denoiser_name, rank=config.r, **settings)
+            states = read_state(checkpoint)
+            load_lora(self.family.denoiser, self.family.denoiser_name, checkpoint)
+            self.state.load_state_dict(states["run"])
+            try:
+                self.optimizer.load_state_dict(states["optimizer"])
+                self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+            except Exception as error:  # torch's, of any kind, for a state that somebody made up
+                raise UserError(
+                    f"{checkpoint} holds no state of this optimizer ({first_line(error)}); resume from another one"
+                ) from error
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(states["scaler"])
+        initialize_grad_scaler(self.accelerator)
+
+
+def _sync(path: Path):
+    """Waits until a file, or a folder's list of files, is on the disk: a rename may otherwise outlive what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -176,38 +275,57 @@ def _rotate(newest: Path, total_limit: int | None) -> None:
     if total_limit is not None:
         # damaged ones go first, then the oldest
         others = [path for path in _checkpoints(newest.parent) if path != newest]
-        others.sort(key=lambda path: (_damage(path) is None, _step(path)))
+        others.sort(key=lambda path: (_damage(path) is None, _counter(path), _step(path)))
         for path in others[: max(len(others) + 1 - total_limit, 0)]:
             shutil.rmtree(path)
+
+
+def _counter(checkpoint: Path) -> int:
+    return (_manifest(checkpoint) or {}).get("counter", 0)
 
 
 def _manifest(checkpoint: Path) -> dict | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())
-        return manifest if isinstance(manifest["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = all(
+            isinstance(file, dict) and {"size", "sha256"} <= file.keys() for file in manifest["files"].values()
+        )
+        is_ours = is_ours and {STATE_NAME, LORA_WEIGHT_NAME_SAFE} <= manifest["files"].keys()
+        is_ours = is_ours and isinstance(manifest["counter"], int)
+        return manifest if is_ours and manifest["flags"].keys() and manifest["content"].keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is missing in a half-written checkpoint; None if it is complete."""
+    """What is wrong with a checkpoint; None if it is whole."""
     manifest = _manifest(checkpoint)
     if manifest is None:
-        return f"{MANIFEST_NAME} is missing or damaged"
-    for name, size in manifest["files"].items():
+        return f"{MANIFEST_NAME} is missing, damaged or of another version"
+    for name, expected in manifest["files"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} is not what was written"
     return None
+
+
+def latest_line(output_dir) -> str:
+    """What there is to go on with, for the end of an error's line."""
+    latest = find_checkpoint(output_dir, "latest")
+    if latest is None:
+        return "there is no checkpoint before it"
+    return f"the latest checkpoint is {latest.name}, go on from it by --resume_from_checkpoint latest"
 
 
 def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets: Sequence[str]) -> Path | None:
     """The checkpoint that --resume_from_checkpoint names, checked against the flags; None for a new run.
 
     Raises:
-        UserError: it is missing, incomplete or of another LoRA or optimizer, or a new run would write over an earlier
+        UserError: it is missing, damaged or of another LoRA, optimizer or run, or a new run would write over an earlier
             one's.
     """
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
@@ -217,6 +335,7 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
         check_checkpoint_lora(checkpoint, info.family.denoiser_name, **settings)
         precision = mixed_precision(args)
         check_checkpoint_optimizer(checkpoint, use_8bit_adam=args.use_8bit_adam, mixed_precision=precision)
+        changed_flags(recorded_flags(args), _manifest(checkpoint), checkpoint)  # logged when there is a log
     elif args.resume_from_checkpoint is None and any(Path(args.output_dir).glob("checkpoint-*[0-9]/manifest.json")):
         raise UserError(
             f"--output_dir {args.output_dir} has the checkpoints of an earlier run: pass --resume_from_checkpoint"
@@ -228,25 +347,27 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
 def find_checkpoint(output_dir, resume_from_checkpoint: str | None) -> Path | None:
     """The checkpoint to resume from: "latest", or a name in `output_dir`, or a path; None to start anew.
 
-    "latest" is the complete checkpoint that was written last. Half-written ones are passed over with a warning; if
-    there is no complete one the answer is None.
+    "latest" is the whole checkpoint that was written last. Half-written and damaged ones are passed over with a
+    warning; if there is no whole one the answer is None.
 
     Raises:
-        UserError: the checkpoint that was named does not exist or is half-written.
+        UserError: the checkpoint that was named does not exist or is not whole.
     """
     if resume_from_checkpoint is None:
         return None
     checkpoints = _checkpoints(output_dir)
     if resume_from_checkpoint == "latest":
-        complete = []
-        for path in checkpoints:
+        # written last, not the highest step: a run that was taken up at an earlier step leaves later ones behind
+        for path in sorted(checkpoints, key=lambda path: (_counter(path) or math.inf, _step(path)), reverse=True):
             damage = _damage(path)
             if damage is None:
-                complete.append(path)
-            else:
-                logger.warning(f"{path} is incomplete ({damage}); it is passed over")
-        # written last, not the highest step: a run that was taken up at an earlier step leaves later ones behind
-        return max(complete, key=lambda path: (_manifest(path).get("time_ns", 0), _step(path)), default=None)
+                try:
+                    read_state(path)  # whoever plants a state may write a manifest to it
+                    return path
+                except UserError as error:
+                    damage = str(error)
+            logger.warning(f"{path} is not whole ({damage}); it is passed over")
+        return None
     candidates = [Path(output_dir, resume_from_checkpoint), Path(resume_from_checkpoint).expanduser()]
     path = next((path for path in candidates if path.is_dir()), None)
     if path is None:
@@ -257,15 +378,5 @@ def find_checkpoint(output_dir, resume_from_checkpoint: str | None) -> Path | No
         )
     damage = _damage(path)
     if damage is not None:
-        raise UserError(f'--resume_from_checkpoint: {path} is incomplete ({damage}); pass another one or "latest"')
+        raise UserError(f'--resume_from_checkpoint: {path} is not whole ({damage}); pass another one or "latest"')
     return path
-
-
-def resume(accelerator: Accelerator, state: TrainingState, checkpoint: Path | None) -> None:
-    """Loads the checkpoint, if there is one, into everything that is registered, `state` included."""
-    accelerator.register_for_checkpointing(state)
-    if checkpoint is not None:
-        if accelerator.is_main_process:
-            logger.info(f"resuming from {checkpoint}")
-        accelerator.load_state(str(checkpoint))
-    initialize_grad_scaler(accelerator)

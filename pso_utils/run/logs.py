@@ -10,6 +10,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from pso_utils.run.checkpoints import TrainingState
+
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -39,26 +41,31 @@ class MetricsLog:
                 continue
         return lines
 
-    def rewind(self, step: int) -> None:
-        """Drops what was logged after `step`, so that a resumed run logs no step twice."""
-        kept = [line for line in self.read() if line["step"] <= step]
+    def rewind(self, step: int, *, validated_step: int) -> None:
+        """Drops what was logged after `step`, and the validations after `validated_step`, so that a resumed run logs
+        none twice."""
+        kept = [line for line in self.read() if line["step"] <= (validated_step if _is_validation(line) else step)]
         partial = self.path.with_name(METRICS_NAME + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(partial, self.path)
 
 
+def _is_validation(line: dict) -> bool:
+    return any(name.startswith("validation/") for name in line)
+
+
 def start_logs(
-    accelerator: Accelerator, args: argparse.Namespace, project: str, *, global_step: int, resumed: bool
+    accelerator: Accelerator, args: argparse.Namespace, project: str, state: TrainingState, *, resumed: bool
 ) -> Callable[[int, dict], None]:
     """Starts the tracker and metrics.jsonl, and returns `log(step, values)`, which writes to both.
 
-    A resumed run goes on where its checkpoint was taken: what was logged after `global_step` is dropped from
+    A resumed run goes on where its checkpoint was taken: what was logged after `state` is dropped from
     metrics.jsonl and from TensorBoard, and wandb goes on with the run whose id `output_dir` keeps.
     """
     if args.report_to != "none":
         config = {key: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
                   for key, value in vars(args).items() if key != "hub_token"}  # fmt: skip
-        init_kwargs = {"tensorboard": {"purge_step": global_step + 1 if resumed else 0}}
+        init_kwargs = {"tensorboard": {"purge_step": state.global_step + 1 if resumed else 0}}
         if args.report_to == "wandb" and accelerator.is_main_process:
             id_file = Path(args.output_dir, "wandb_run_id.txt")
             if not (resumed and id_file.exists()):
@@ -67,7 +74,10 @@ def start_logs(
         accelerator.init_trackers(project, config=None if resumed else config, init_kwargs=init_kwargs)
     metrics_log = MetricsLog(args.output_dir)
     if accelerator.is_main_process:
-        metrics_log.rewind(global_step if resumed else -1)
+        if resumed:
+            metrics_log.rewind(state.global_step, validated_step=state.validated_step)
+        else:
+            metrics_log.rewind(-1, validated_step=-1)
 
     def log(step: int, values: dict):
         accelerator.log(values, step=step)

@@ -35,26 +35,39 @@ def usage_snippet(
     guidance_scale: float,
     lora: str,
     prompt: str,
+    is_public: bool = False,
 ) -> str:
     """Python that loads the base model, what was put into it before training, the scheduler of the deployment and the
-    LoRA, and draws one image (`image`, by `pipe`) as training's validation does."""
+    LoRA, and draws one image (`image`, by `pipe`) as training's validation does. With `is_public`, of what is local
+    only the names."""
+    local = []  # whose paths the reader must fill in
+
+    def shown(location: str, filename: str | None = None) -> str:
+        path = Path(location).expanduser()
+        if not path.exists():
+            return location
+        if not is_public:
+            return str(Path(location, filename)) if filename else location
+        local.append(filename or path.resolve().name)
+        return local[-1]
+
     pipeline_class, part = family.pipeline_class.__name__, family.denoiser_name
     imports = {"diffusers": {type(scheduler).__name__, pipeline_class}}
     parts, before, after = [], [], []
     if source.vae is not None:
         imports["diffusers"].add("AutoencoderKL")
-        before.append(f"vae = AutoencoderKL.from_pretrained({source.vae!r}, dtype=dtype)")
+        before.append(f"vae = AutoencoderKL.from_pretrained({shown(source.vae)!r}, dtype=dtype)")
         parts.append("vae=vae")
     if source.distilled_denoiser is not None:
         location, filename = split_source(source.distilled_denoiser)
         if filename is None:
             denoiser_class = family.denoiser_class.__name__
             imports["diffusers"].add(denoiser_class)
-            before.append(f"{part} = {denoiser_class}.from_pretrained({location!r}, dtype=dtype)")
+            before.append(f"{part} = {denoiser_class}.from_pretrained({shown(location)!r}, dtype=dtype)")
             parts.append(f"{part}={part}")
         else:
             if Path(location).is_dir():
-                path = repr(str(Path(location, filename)))
+                path = repr(shown(location, filename))
             else:
                 imports["huggingface_hub"] = {"hf_hub_download"}
                 path = f"hf_hub_download({location!r}, {filename!r})"
@@ -66,6 +79,10 @@ def usage_snippet(
             after.append(f"pipe.{part}.load_state_dict({weights})")
     if source.distillation_lora is not None:
         location, filename = split_source(source.distillation_lora)
+        if is_public and filename is not None and Path(location).is_dir():
+            location, filename = shown(location, filename), None
+        else:
+            location = shown(location)
         weight_name = "" if filename is None else f", weight_name={filename!r}"
         after += [
             f"pipe.load_lora_weights({location!r}{weight_name})",
@@ -84,8 +101,9 @@ def usage_snippet(
     if deployment.eta is not None:
         call.append(f"eta={deployment.eta}")
     call += [f"height={deployment.height}", f"width={deployment.width}", "generator=torch.Generator().manual_seed(0)"]
-    base = repr(source.pretrained_model_name_or_path)
+    base = repr(shown(source.pretrained_model_name_or_path))
     lines = [
+        *([f"# {', '.join(local)}: the trainer's own, replace by your path"] if local else []),
         "import torch",
         *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
         "",
@@ -118,12 +136,14 @@ def save_model_card(
     Args:
         family: the pipeline holds the deployment's scheduler; the card names its class and settings.
         prompt: the example's.
-        hub_model_id: where the LoRA will be; else the card loads it from `output_dir`.
+        hub_model_id: where the LoRA will be, and the card with it: of local models it has the names, no paths. Else
+            the card loads it from `output_dir`.
         training: settings of the run (reward, beta, learning rate, steps ...), written as a table in this order.
         images: (caption, file name relative to `output_dir`) of validation images.
     """
     source = model_source(args)
     base_model, lora = source.pretrained_model_name_or_path, hub_model_id or str(args.output_dir)
+    on_hub = not Path(base_model).expanduser().exists()
     snippet = usage_snippet(
         source,
         type(family),
@@ -132,8 +152,10 @@ def save_model_card(
         guidance_scale=family.guidance_scale,
         lora=lora,
         prompt=prompt,
+        is_public=hub_model_id is not None,
     )
-    on_hub = not Path(base_model).exists()
+    if hub_model_id is not None and not on_hub:
+        base_model = Path(base_model).expanduser().resolve().name
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_model if on_hub else None,  # the hub takes ids only
@@ -141,7 +163,7 @@ def save_model_card(
     )
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {Path(lora).name}",
+        f"# {Path(lora).resolve().name}",
         f"LoRA weights for {f'[{base_model}](https://huggingface.co/{base_model})' if on_hub else base_model}, tuned "
         "by [Pairwise Sample Optimization](https://arxiv.org/abs/2410.03190) (PSO). They are meant for the scheduler "
         "and the few steps below.",

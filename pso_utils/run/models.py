@@ -14,7 +14,6 @@ from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, l
 from pso_utils.families.lora import check_lora_targets
 from pso_utils.rewards import Rewards, RewardSpec, load_rewards
 from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES
-from pso_utils.run.checkpoints import register_lora_hooks
 from pso_utils.schedules import Schedule, make_schedule
 
 
@@ -127,7 +126,7 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator, info: ModelI
 
 
 def add_trained_lora(args: argparse.Namespace, accelerator: Accelerator, family: Family) -> list[Tensor]:
-    """Puts the denoiser on the accelerator, with a LoRA that checkpoints save; returns its parameters."""
+    """Puts the denoiser on the accelerator, with a LoRA; returns its parameters."""
     parameters = family.add_lora(
         rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, seed=args.seed
     )
@@ -135,7 +134,6 @@ def add_trained_lora(args: argparse.Namespace, accelerator: Accelerator, family:
         family.denoiser.enable_gradient_checkpointing()
     # the device and autocast, without DistributedDataParallel
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
-    register_lora_hooks(accelerator, family)
     return parameters
 
 

@@ -20,8 +20,8 @@ def make_optimizer(
 ):
     """AdamW (8-bit if asked) and its learning rate schedule, which counts optimizer steps.
 
-    The schedule is registered for checkpoints instead of prepared: a prepared one steps once per process, which is
-    right for a data loader that the processes share and wrong for a loop that counts optimizer steps.
+    The schedule is not prepared by accelerate: a prepared one steps once per process, which is right for a data loader
+    that the processes share and wrong for a loop that counts optimizer steps.
     """
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
@@ -47,7 +47,6 @@ def make_optimizer(
         )
     except ValueError as error:  # polynomial: a learning rate below the one that it ends at
         raise UserError(f"--lr_scheduler {args.lr_scheduler}: {error}; raise --learning_rate") from error
-    accelerator.register_for_checkpointing(lr_scheduler)
     return accelerator.prepare_optimizer(optimizer), lr_scheduler
 
 

@@ -5,9 +5,11 @@ import argparse
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.run import hub
-from pso_utils.run.checkpoints import TrainingState
+from pso_utils.run.accelerator import on_main_process
+from pso_utils.run.checkpoints import TrainingState, latest_line
 from pso_utils.run.model_card import save_model_card
 from pso_utils.run.validation import Validation
 
@@ -16,9 +18,12 @@ logger = get_logger(__name__)
 
 
 def save_lora(args: argparse.Namespace, accelerator: Accelerator, family: Family):
-    """Writes the LoRA. To be called before anything is drawn with it, so that a failure there loses nothing."""
-    if accelerator.is_main_process:
-        family.save_lora(args.output_dir, kohya=args.output_kohya_format)
+    """Writes the LoRA; all processes call it. To be called before anything is drawn with it, so that a failure there
+    loses nothing."""
+    try:
+        on_main_process(accelerator, lambda: family.save_lora(args.output_dir, kohya=args.output_kohya_format))
+    except UserError as error:
+        raise UserError(f"{error}; {latest_line(args.output_dir)}") from error
 
 
 def save_card_and_pictures(
@@ -44,6 +49,6 @@ def save_card_and_pictures(
             images=images,
         )
         if repo_id is not None:
-            hub.push_folder(repo_id, args)
+            hub.push_result(repo_id, args)
         logger.info(f"the LoRA and its model card are in {args.output_dir}")
     accelerator.end_training()

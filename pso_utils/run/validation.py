@@ -47,10 +47,16 @@ class Validation:
     ):
         self.num_images, self.seed, self.output_dir = args.num_validation_images, args.seed, Path(args.output_dir)
         self.accelerator, self.family, self.embed = accelerator, family, embed
+        self.interval = args.validation_steps
         self.prompts, self.deployment, self.batch_size = list(prompts), deployment, batch_size
         self.rewards, self.log = rewards, log
         self.before = self.after = None  # images of step 0, and the latest
         self.values = {}  # the latest images' scores
+
+    def is_due(self, state: TrainingState) -> bool:
+        """Whether a multiple of --validation_steps was reached or passed since the last one, by this run or the one
+        that it goes on with: at the start, too."""
+        return state.global_step // self.interval > state.validated_step // self.interval
 
     @torch.no_grad()
     def draw(self) -> tuple[list[Image.Image], Tensor]:

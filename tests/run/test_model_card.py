@@ -127,6 +127,35 @@ def test_local_base_model_is_no_hub_id(tiny_pipeline_dir, tmp_path):
     assert ModelCard.load(readme).data.base_model is None
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ""])
+def test_the_hubs_card_names_what_is_local_without_a_path(tiny_pipeline_dir, tmp_path, suffix):
+    parts = {"distilled_unet": tmp_path / f"unet{suffix}", "pretrained_vae_model_name_or_path": tmp_path / "my-vae"}
+    (tmp_path / "my-vae").mkdir()
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "few.safetensors").write_text("")
+    if suffix:
+        parts["distilled_unet"].write_text("")
+    else:
+        parts["distilled_unet"].mkdir()
+    parts["distillation_lora"] = f"{tmp_path}/loras:few.safetensors"
+    args, family = parse(tiny_pipeline_dir, tmp_path / "out", **parts), SDXL(build_pipeline())
+    (tmp_path / "out").mkdir()
+    card = save_model_card(args, family, DEPLOYMENTS["lcm"], prompt="a cat", hub_model_id="me/cats").read_text()
+    assert str(tmp_path) not in card and str(tmp_path.parent) not in card and tiny_pipeline_dir not in card
+    name = tiny_pipeline_dir.rpartition("/")[2]
+    assert f"LoRA weights for {name}, tuned" in card and f"from_pretrained('{name}'" in card
+    assert f"# my-vae, unet{suffix}, few.safetensors, {name}: the trainer's own, replace by your path" in card
+    assert "load_lora_weights('few.safetensors')" in card and "load_lora_weights('me/cats')" in card
+    local = save_model_card(args, family, DEPLOYMENTS["lcm"], prompt="a cat").read_text()
+    assert str(tmp_path / f"unet{suffix}") in local and "replace by your path" not in local
+
+
+def test_the_card_of_the_current_folder_has_its_name(tiny_pipeline_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    card = save_model_card(parse(tiny_pipeline_dir, "."), SDXL(build_pipeline()), DEPLOYMENTS["lcm"], prompt="a cat")
+    assert f"# {tmp_path.name}\n" in card.read_text()
+
+
 def test_scheduler_code_makes_the_same_scheduler():
     source = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
     source = DDIMScheduler.from_config({**LCMScheduler().config, **source.config})
