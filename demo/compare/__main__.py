@@ -57,7 +57,7 @@ def in_parallel(pool, args, tasks: list[tuple]):
     try:
         for future in as_completed(futures):
             print(time.strftime("%H:%M:%S"), future.result(), flush=True)
-    except BaseException:
+    except BaseException:  # an interrupt, too: it is raised again
         pool.shutdown(wait=False, cancel_futures=True)  # a failure ends the comparison once what runs is done
         raise
 
