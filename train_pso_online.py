@@ -31,12 +31,7 @@ from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, one_line_errors
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
-from pso_utils.run.optimizer import (
-    make_optimizer,
-    optimizer_step,
-    reduce_gradients,
-    zero_gradients,
-)
+from pso_utils.run.optimizer import make_optimizer, optimizer_step, reduce_gradients
 from pso_utils.run.result import save_card_and_pictures, save_lora
 from pso_utils.run.validation import Validation
 from pso_utils.schedules import Schedule
@@ -328,7 +323,7 @@ def run(args):
                         base_log_prob[:, index, column] = pair_log_probs(family, schedule, pairs, index, column)
 
         for minibatch in minibatches:
-            zero_gradients(parameters)
+            optimizer.zero_grad(set_to_none=False)
             sums = dict.fromkeys(ONLINE_METRICS, torch.zeros((), device=accelerator.device))
             count = minibatch.count * num_trained
             for index in microbatches(minibatch, args.train_batch_size):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,11 +289,11 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
 
 @contextmanager
 def around_microbatches(monkeypatch, script, make_context) -> Iterator[None]:
-    """Runs each minibatch's microbatches, from `zero_gradients` to `reduce_gradients`, in a context of their own."""
-    zero, reduce, contexts = script.zero_gradients, script.reduce_gradients, []
+    """Runs each minibatch's microbatches, from `zero_grad` to `reduce_gradients`, in a context of their own."""
+    zero, reduce, contexts = AcceleratedOptimizer.zero_grad, script.reduce_gradients, []
 
-    def enter(*args):
-        zero(*args)
+    def enter(*args, **kwargs):
+        zero(*args, **kwargs)
         contexts.append(make_context())
         contexts[-1].__enter__()
 
@@ -301,7 +302,7 @@ def around_microbatches(monkeypatch, script, make_context) -> Iterator[None]:
         return reduce(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "zero_gradients", enter)
+        patch.setattr(AcceleratedOptimizer, "zero_grad", enter)
         patch.setattr(script, "reduce_gradients", leave)
         yield
     assert contexts

@@ -6,7 +6,7 @@ and no script or loss knows what a conditioning holds. A new family is a subclas
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar, NamedTuple
 
@@ -27,23 +27,20 @@ class Conditioning(dict[str, Tensor]):
     """What the denoiser takes beside latents and timesteps: tensors by name, of one prompt without a batch dimension,
     or of a batch [B, ...]."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning({name: function(tensor) for name, tensor in self.items()})
-
     def rows(self, index: Tensor | slice) -> "Conditioning":
         """The rows `index` of a batch."""
         return Conditioning({name: tensor[index] for name, tensor in self.items()})
 
     def repeat(self, count: int) -> "Conditioning":
         """The whole batch, `count` times."""
-        return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
+        return Conditioning({name: torch.cat([tensor] * count) for name, tensor in self.items()})
 
     def repeat_interleave(self, count: int) -> "Conditioning":
         """Each row `count` times."""
-        return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+        return Conditioning({name: tensor.repeat_interleave(count, dim=0) for name, tensor in self.items()})
 
     def to(self, device: str | torch.device, *, copy: bool = False) -> "Conditioning":
-        return self._map(lambda tensor: tensor.to(device, copy=copy))
+        return Conditioning({name: tensor.to(device, copy=copy) for name, tensor in self.items()})
 
     @property
     def nbytes(self) -> int:

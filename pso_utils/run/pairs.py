@@ -1,10 +1,19 @@
-"""Where the pairs of offline training come from: the flags of each task, and the source that they name."""
+"""Where the pairs of offline training come from: the flags of each task, the source that they name, and the references
+that the model draws itself."""
 
 import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
 
 from pso_utils.data.pairs import Stream, Table, load_images, load_instance_images, load_preference_pairs
+from pso_utils.data.prompt_cache import PromptCache
+from pso_utils.data.references import ReferenceLatents, References
 from pso_utils.errors import UserError
+from pso_utils.families import Deployment, Family
 from pso_utils.run import arguments
+from pso_utils.run.model_card import scheduler_code
 
 
 SHUFFLE_BUFFER_SIZE = 1000
@@ -144,3 +153,48 @@ def concept_source(args: argparse.Namespace) -> Table:
 
 
 SOURCES = {"preference": preference_source, "style": style_source, "concept": concept_source}
+
+
+def draw_references(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    family: Family,
+    source: Table | Stream,
+    *,
+    embed: PromptCache,
+    deployment: Deployment,
+) -> ReferenceLatents:
+    """The images that the model draws for targets that come alone: one of each caption (style), or
+    --num_reference_images of the class (concept)."""
+    captions = source.captions() if args.task == "style" else [args.class_prompt] * args.num_reference_images
+
+    @torch.no_grad()
+    def draw(captions, seeds):
+        conditioning = family.collate(embed(captions), deployment.height, deployment.width)
+        settings = {"deployment": deployment, "batch_size": args.sample_batch_size}
+        if args.reference_policy == "current":
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
+        with family.without_lora():
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
+
+    names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
+    names += ["distilled_unet", "distillation_lora", "reference_policy"]
+    settings = {name: getattr(args, name) for name in names} | deployment._asdict()
+    settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
+    settings["mixed_precision"] = accelerator.mixed_precision
+    images = References(
+        accelerator,
+        Path(args.output_dir, "references"),
+        captions,
+        draw,
+        settings=settings,
+        seed=args.seed,
+        batch_size=args.sample_batch_size,
+    )
+    return ReferenceLatents(
+        images,
+        family,
+        record_ids=source.ids() if args.task == "style" else None,
+        is_cached=args.cache_latents,
+        random_flip=args.random_flip,
+    )
