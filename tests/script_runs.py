@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,9 +240,11 @@ class _DeviceMoves(TorchFunctionMode):
 
 class Interval(NamedTuple):
     """What runs between two backward calls: the project's own functions, `file:name`, and whether an optimizer step
-    does."""
+    does. `functions` are those apart from data loading: `data_loading` is what stands in pso_utils/data, which reads
+    records, their images or latents, and their prompts, and makes pairs of them; and what that calls."""
 
     functions: set[str]
+    data_loading: set[str]
     has_step: bool
 
 
@@ -249,13 +253,19 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
     """Lists what runs between consecutive backward calls. Comprehensions, lambdas and generator expressions are part of
     the function that they stand in."""
     intervals: list[Interval] = []
-    codes, is_running, has_step = set(), False, False
+    codes, data_codes, is_running, has_step = set(), set(), False, False
+    data = str(ROOT / "pso_utils" / "data")
+
+    def is_data_loading(frame) -> bool:
+        while frame is not None and not frame.f_code.co_filename.startswith(data):
+            frame = frame.f_back
+        return frame is not None
 
     def trace(frame, event, argument):
-        if event == "call" and is_running:
-            codes.add(frame.f_code)
+        if event == "call" and is_running and frame.f_code not in codes:
+            (data_codes if is_data_loading(frame) else codes).add(frame.f_code)
 
-    def names() -> Iterator[str]:
+    def names(codes: set) -> Iterator[str]:
         for code in codes:
             path = Path(code.co_filename)
             if path.is_relative_to(ROOT) and not code.co_name.startswith("<"):
@@ -266,12 +276,12 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
     plain_backward, plain_clip = Accelerator.backward, Accelerator.clip_grad_norm_
 
     def backward(*args, **kwargs):
-        nonlocal codes, is_running, has_step
+        nonlocal codes, data_codes, is_running, has_step
         was_running, is_running = is_running, False
         if was_running:
-            intervals.append(Interval(set(names()), has_step))
+            intervals.append(Interval(set(names(codes)), set(names(data_codes)), has_step))
         plain_backward(*args, **kwargs)
-        codes, is_running, has_step = set(), True, False
+        codes, data_codes, is_running, has_step = set(), set(), True, False
 
     def clip(*args, **kwargs):
         nonlocal has_step
@@ -285,6 +295,12 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
         yield intervals
     finally:
         sys.setprofile(None)
+
+
+def readme_flags(mark: str) -> list[str]:
+    """The script's flags in the README's command behind `<!-- mark -->`."""
+    command = (ROOT / "README.md").read_text().split(f"<!-- {mark} -->")[1].split("```")[1].replace("\\\n", " ")
+    return shlex.split(re.split(r"train_pso_\w+\.py", command)[1])
 
 
 @contextmanager

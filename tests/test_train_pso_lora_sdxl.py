@@ -31,6 +31,7 @@ from script_runs import (
     cuda_synchronizations_are_errors,
     error_line,
     metrics,
+    readme_flags,
     run_killed_and_resumed,
     to_flags,
     two_processes,
@@ -172,16 +173,21 @@ def test_the_diffusion_loss_draws_no_references_and_its_card_has_no_pso(flags, d
     assert "| method | plain diffusion loss |" in card and "| beta |" not in card and "| weighting |" not in card
 
 
-def test_few_functions_run_between_two_backward_calls(flags, monkeypatch):
-    """Those of one pair after the other; what `pso_utils.data` does is reading."""
+def test_few_functions_run_between_two_microbatches_of_the_readmes_command(
+    tiny_pipeline_dir, tasks, tmp_path, monkeypatch
+):
+    """There, a microbatch is an optimizer step: its update, the step's bookkeeping and the next one's reading, which is
+    not counted. A checkpoint is every sixth step's."""
+    changes = {"pretrained_model_name_or_path": tiny_pipeline_dir, "dataset_name": tasks / "pairs.parquet"}
+    changes |= {"output_dir": tmp_path / "out", "max_train_steps": 5, "checkpointing_steps": 6}
+    changes |= {"train_batch_size": 4, "num_validation_images": 1}  # two steps an epoch
     with between_backward_calls(monkeypatch) as intervals:
-        run(flags(cache_latents=True, center_crop=True, train_batch_size=1, gradient_accumulation_steps=2))
-    functions = set().union(*(interval.functions for interval in intervals if not interval.has_step))
-    print(f"{len(functions)} functions within a minibatch:", *sorted(functions), sep="\n  ")
-    with_step = set().union(*(interval.functions for interval in intervals)) - functions
-    print(f"{len(with_step)} more from one to the next:", *sorted(with_step), sep="\n  ")
-    functions = {name for name in functions if not name.startswith("pso_utils/data")}
-    assert 4 <= len(functions) <= 16
+        run([*readme_flags("preference"), *to_flags(changes)])
+    functions, data_loading = (set().union(*sets) for sets in list(zip(*intervals))[:2])
+    print(f"{len(functions)} functions:", *sorted(functions), sep="\n  ")
+    print(f"{len(data_loading)} of data loading, not counted:", *sorted(data_loading), sep="\n  ")
+    assert all(interval.has_step for interval in intervals) and len(intervals) == 4
+    assert 8 <= len(functions) <= 16 and len(data_loading) <= 35
 
 
 def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
