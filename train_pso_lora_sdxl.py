@@ -448,17 +448,16 @@ def run(args):
         rewards=rewards,
         log=log,
     )
-    is_done = False
+    is_done = state.global_step >= max_train_steps
     if validate.is_due(state):
         validate(state)
-        is_done = keep_best(args, accelerator, family, state, validate.values)
+        is_done |= keep_best(args, accelerator, family, state, validate.values)
 
     logger.info(
         f"steps of {minibatch_size} pairs at timesteps {schedule.timesteps.tolist()}; loss {args.loss}"
         + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
     )
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    is_done = is_done or state.global_step >= max_train_steps
     while state.epoch < max_epochs and not is_done:
         first_step, start = state.global_step, state.position
         for minibatch in training_pairs.minibatches(state.epoch, state.position):
