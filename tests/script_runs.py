@@ -169,6 +169,53 @@ def two_processes(script: str, flags: list[str]):
     )
 
 
+# Runs in a process of its own, which forks those of each run: the libraries are imported once.
+LEARNT_RUNS = """
+import json, os, socket, sys
+from importlib import import_module
+import torch
+torch.set_num_threads(1)
+
+from pso_utils.families import Family
+
+script, runs = import_module(sys.argv[1]), json.loads(sys.argv[2])
+add_lora = Family.add_lora
+
+def add_learnt_lora(family, **settings):
+    parameters, generator = add_lora(family, **settings), torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+Family.add_lora = add_learnt_lora
+for flags, num_processes in runs:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(num_processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if num_processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(num_processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            script.main(flags)
+            os._exit(0)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * num_processes
+"""
+
+
+def run_with_a_learnt_lora(script: str, runs: list[tuple[list[str], int]]):
+    """Runs a script with each (flags, number of processes), from a LoRA that differs from the base from the start."""
+    subprocess.run(
+        [sys.executable, "-c", LEARNT_RUNS, script, json.dumps(runs)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
 # ---- What a microbatch costs ----
 
 
