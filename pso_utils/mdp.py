@@ -149,9 +149,8 @@ def forward_weights(schedule: Schedule, weighting: str) -> Tensor:
         raise UserError(f"unknown weighting {weighting!r}: pass one of {', '.join(WEIGHTINGS)} (--weighting)")
     weight, needs_density, is_flow = WEIGHTINGS[weighting]
     if is_flow and schedule.prediction_type != "flow":
-        raise UserError(
-            f"--weighting {weighting} is flow matching's, not {schedule.scheduler_name}'s: pass x0 or epsilon"
-        )
+        name = schedule.scheduler_name
+        raise UserError(f"--weighting {weighting} is for flow matching, and {name} is none: pass x0 or epsilon")
     if not needs_density:
         return weight(schedule)
     remedy = "pass --weighting epsilon or x0"
@@ -182,7 +181,7 @@ def diffusion_inputs(schedule: Schedule, original_sample: Tensor, noise: Tensor,
     """The inputs of the plain diffusion loss at the training timesteps number `timesteps` [B], long (of all, not only
     the schedule's), for clean latents and standard normal noise [B, C, h, w]. The target is what the model predicts:
     the noise, the velocity alpha eps - sigma x0, the clean latents, or flow matching's velocity eps - x0. The Euler
-    family's input, (x0 + s eps) / sqrt(s^2 + 1) with s = sigma / alpha, is the variance-preserving alpha x0 + sigma eps.
+    family's input (x0 + s eps) / sqrt(s^2 + 1), s = sigma / alpha, is the variance-preserving alpha x0 + sigma eps.
 
     Raises:
         UserError: the scheduler has no training timesteps (SCM).
