@@ -8,7 +8,7 @@ A case is a module of this folder, named in CASES, with
 
 and, where it is otherwise than below, `STEPS`, `SIZES`, `unpack(pipeline, latents, height, width)` (latents of the
 pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
-the pipeline is called with, if it hands one to its scheduler).
+the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts).
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ DEFAULTS = {
     "STEPS": (2, 4),
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
-    "SCHEDULER_FLAGS": [],  # of the scripts
+    "FLAGS": {},  # of the scripts, beside model, steps and resolution
     "unpack": lambda pipeline, latents, height, width: latents,
 }
 
