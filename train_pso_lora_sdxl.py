@@ -648,6 +648,7 @@ def run(args):
         "loss": args.loss,
         **loss_settings,
         **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
+        **models.card_settings(args),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

@@ -366,6 +366,7 @@ def run(args):
         "optimizer steps": state.global_step,
         "trained timesteps": schedule.timesteps.tolist(),
         **{name: getattr(args, name) for name in names},
+        **models.card_settings(args),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

@@ -193,8 +193,8 @@ def noise_seed(seed: int, prompt_index: int, image_index: int) -> int:
 MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
                  "distilled_transformer", "distillation_lora"]  # fmt: skip
 MODEL_FLAGS = ["revision", "variant", "scheduler_config", "scheduler", "timestep_spacing", "original_inference_steps",
-               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "allow_tf32", "enable_vae_tiling",
-               "enable_xformers_memory_efficient_attention"]  # fmt: skip
+               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "quantize", "allow_tf32",
+               "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
 
 
 def model_settings(args: argparse.Namespace) -> dict:

@@ -2,18 +2,25 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Deployment, Family
 from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, load_pipeline, read_model_info
-from pso_utils.families.lora import check_lora_targets
+from pso_utils.families.lora import check_lora_targets, load_lora, lora_file, read_lora_settings
+from pso_utils.families.quantize import quantize
 from pso_utils.rewards import Rewards, RewardSpec, load_rewards
 from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES
+from pso_utils.run.arguments import DEFAULT_RANK
 from pso_utils.schedules import Schedule, make_schedule, pipelines_pass_eta
+
+
+logger = get_logger(__name__)
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -65,11 +72,20 @@ def _check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
 
 
 def check_lora(args: argparse.Namespace, info: ModelInfo) -> list[str]:
-    """The layers that get LoRA. An empty denoiser takes seconds to make, and the family's own targets need no check.
+    """The layers that get LoRA; fills in rank, alpha and layers of --lora_path, or the default rank. An empty denoiser
+    takes seconds to make, and the family's own targets need no check.
 
     Raises:
-        UserError: the denoiser has no such layer.
+        UserError: the denoiser has no such layer, or --lora_path cannot be read.
     """
+    if args.lora_path is not None:
+        given = [name for name in ("rank", "lora_alpha", "lora_target_modules") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--{given[0]} is that of the LoRA in --lora_path: drop it")
+        settings = read_lora_settings(lora_file(args.lora_path, args.cache_dir), part=info.family.denoiser_name)
+        args.rank, args.lora_alpha, args.lora_target_modules = settings
+    if args.rank is None:
+        args.rank = DEFAULT_RANK
     if args.lora_target_modules is None:
         return info.family.lora_targets
     denoiser = empty_denoiser(info.family, info.denoiser_config)
@@ -140,6 +156,8 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator, info: ModelI
         UserError: it cannot be loaded, or xformers cannot be used with it here.
     """
     pipeline = load_pipeline(model_source(args), weight_dtype=WEIGHT_DTYPES[accelerator.mixed_precision])
+    if args.quantize:
+        quantize(getattr(pipeline, info.family.denoiser_name), args.quantize, accelerator.device)
     family = info.family(
         pipeline,
         device=accelerator.device,
@@ -172,11 +190,20 @@ def add_trained_lora(args: argparse.Namespace, accelerator: Accelerator, family:
     parameters = family.add_lora(
         rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, seed=args.seed
     )
+    if args.lora_path is not None:
+        load_lora(family.denoiser, family.denoiser_name, lora_file(args.lora_path, args.cache_dir))
+        logger.info(f"--lora_path: rank {args.rank}, alpha {args.lora_alpha}, {' '.join(args.lora_target_modules)}")
     if args.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     # the device and autocast, without DistributedDataParallel
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     return parameters
+
+
+def card_settings(args: argparse.Namespace) -> dict[str, str]:
+    """What the model card says of a model that is not as its files are."""
+    settings = {} if args.quantize is None else {"quantize": args.quantize}
+    return settings if args.lora_path is None else settings | {"goes on from": Path(args.lora_path).name}
 
 
 def load_run_rewards(args: argparse.Namespace, accelerator: Accelerator, specs: Sequence[RewardSpec]) -> Rewards:
