@@ -269,7 +269,7 @@ def test_training_tells_targets_from_references(flags, changes):
 def test_the_default_weighting_suits_the_schedule_and_the_other_defaults_the_weighting(flags, task, changes, expected):
     args = train_pso_lora_sdxl.parse_args(flags(task, **changes))
     info = models.check_model(args)
-    schedule = models.training_schedule(args, info.family, info.scheduler, stochastic=False)
+    schedule = models.training_schedule(args, info, stochastic=False)
     train_pso_lora_sdxl.set_loss_defaults(args, schedule)
     assert {flag: getattr(args, flag) for flag in expected} == expected
 
@@ -713,6 +713,6 @@ def test_an_unexpected_error_keeps_its_traceback(flags, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("not of what a user can mend")
 
-    monkeypatch.setattr(train_pso_lora_sdxl, "make_pairs", fail)
+    monkeypatch.setattr(train_pso_lora_sdxl, "watch_repulsion", fail)
     with pytest.raises(ValueError, match="not of what a user can mend"):
         run(flags())

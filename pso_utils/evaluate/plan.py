@@ -21,8 +21,7 @@ from pso_utils.families.loading import ModelInfo, empty_parts
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments
 from pso_utils.run.accelerator import mixed_precision
-from pso_utils.run.models import check_model, model_source
-from pso_utils.schedules import make_schedule
+from pso_utils.run.models import check_model, make_deployment, model_source
 from pso_utils.sources import check_exists
 
 
@@ -175,12 +174,11 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str], Table | None]:
 
 
 def make_settings(args: argparse.Namespace, info: ModelInfo) -> list[Setting]:
-    settings, size = [], (args.resolution, args.resolution)
+    settings = []
     for steps in [None] if args.timesteps else sorted(set(args.num_inference_steps)):
-        own = info.family.schedule_arguments(info.scheduler, steps, *size) if steps else {}
-        schedule = make_schedule(info.scheduler, steps, args.timesteps, eta=args.eta, stochastic=False, **own)
         label = str(steps) if steps else "-".join(map(str, args.timesteps))
-        settings.append(Setting(label, schedule.num_steps, Deployment(steps, args.timesteps, schedule.eta, *size)))
+        deployment = make_deployment(args, info, steps, args.timesteps, eta=args.eta)
+        settings.append(Setting(label, steps or len(args.timesteps), deployment))
     return settings
 
 
@@ -193,9 +191,10 @@ def noise_seed(seed: int, prompt_index: int, image_index: int) -> int:
 # ---- What is kept of the flags ----
 
 MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
-                 "distillation_lora"]  # fmt: skip
-MODEL_FLAGS = ["revision", "variant", "scheduler", "timestep_spacing", "original_inference_steps", "guidance_scale",
-               "allow_tf32", "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
+                 "distilled_transformer", "distillation_lora"]  # fmt: skip
+MODEL_FLAGS = ["revision", "variant", "scheduler_config", "scheduler", "timestep_spacing", "original_inference_steps",
+               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "quantize", "allow_tf32",
+               "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
 
 
 def model_settings(args: argparse.Namespace) -> dict:

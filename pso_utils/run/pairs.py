@@ -178,7 +178,8 @@ def draw_references(
             return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
 
     names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
-    names += ["distilled_unet", "distillation_lora", "reference_policy"]
+    names += ["distilled_unet", "distilled_transformer", "distillation_lora", "distillation_lora_scale"]
+    names += ["max_sequence_length", "reference_policy"]
     settings = {name: getattr(args, name) for name in names} | deployment._asdict()
     settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
     settings["mixed_precision"] = accelerator.mixed_precision
