@@ -17,7 +17,9 @@ SIZES = ((64, 64), (64, 96))
 
 def encode(pipeline, pixels):
     """As in diffusers' train_dreambooth_lora_sana.py, in the units of the pipeline's loop."""
-    return pipeline.vae.encode(pixels).latent * pipeline.vae.config.scaling_factor * pipeline.scheduler.config.sigma_data
+    return (
+        pipeline.vae.encode(pixels).latent * pipeline.vae.config.scaling_factor * pipeline.scheduler.config.sigma_data
+    )
 
 
 def build_vae() -> AutoencoderDC:
