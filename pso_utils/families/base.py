@@ -267,6 +267,8 @@ class Family(ABC):
         arguments["guidance_scale"] = self.guidance_scale
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
         return arguments | {"height": deployment.height, "width": deployment.width}
 
     def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:
