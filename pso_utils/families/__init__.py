@@ -11,6 +11,8 @@ __all__ = ["FAMILIES", "Conditioning", "Deployment", "Family", "find_family"]
 
 # Module and class in this folder; imported when they are needed, for each brings its pipeline's libraries along.
 FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "LatentConsistencyModelPipeline": "stable_diffusion:LatentConsistency",
     "StableDiffusionXLPipeline": "sdxl:SDXL",
     "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXL",  # the same parts
     "ZImagePipeline": "z_image:ZImage",

@@ -45,9 +45,7 @@ def schedule_of(case, steps: int, height: int, width: int, **settings):
 
 def plain(case, **config):
     """What diffusers alone makes of the folder; `config` replaces values of its scheduler's."""
-    pipeline = case.info.family.pipeline_class.from_pretrained(
-        case.folder, **dict.fromkeys(case.info.family.unused_parts)
-    )
+    pipeline = case.info.family.pipeline_class.from_pretrained(case.folder, **dict.fromkeys(case.info.absent_parts))
     pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **config})
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image"]
+CASES = ["z_image", "sd15", "sd21", "lcm", "sdxl"]
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
