@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "sdxl:SDXL",
     "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXL",  # the same parts
     "ZImagePipeline": "z_image:ZImage",
+    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

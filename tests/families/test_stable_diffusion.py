@@ -9,8 +9,6 @@ from diffusers import (
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
     StableDiffusionPipeline,
 )
 from family_inputs import PROMPTS, SIZE, batch, draw, generators, one_line, randomize_lora, record_calls

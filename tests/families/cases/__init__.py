@@ -6,9 +6,10 @@ A case is a module of this folder, named in CASES, with
   drawn anew, and shift, scale, means and deviations are not the neutral ones;
 - `CALL`: how the plain pipeline is called at deployment, beside prompts, steps, size and generators;
 
-and, where it is otherwise than below, `STEPS`, `SIZES`, `unpack(pipeline, latents, height, width)` (latents of the
-pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
-the pipeline is called with, if it hands one to its scheduler).
+and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides), `STEPS`, `SIZES`,
+`unpack(pipeline, latents, height, width)` (latents of the pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)`
+(the arithmetic of diffusers' training script), `ETA` (what the pipeline is called with, if it hands one to its
+scheduler), `IS_EXACT` (whether the trajectory is the pipeline's bit for bit).
 """
 
 from importlib import import_module
@@ -17,13 +18,15 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image", "sd15", "sd21", "lcm", "sdxl"]
+CASES = ["z_image", "sd15", "sd21", "lcm", "sdxl", "sd3", "sd3_without_t5"]
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
+    "CALL_AT": {},
     "STEPS": (2, 4),
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
+    "IS_EXACT": False,
     "SCHEDULER_FLAGS": [],  # of the scripts
     "unpack": lambda pipeline, latents, height, width: latents,
 }
