@@ -56,4 +56,5 @@ class PromptCache:
         return None if entry is None else Conditioning(entry)
 
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(f"{self._text_encoders} {prompt}".encode()).hexdigest()
+        encoding = f"{self._text_encoders} {self.family.max_sequence_length}"
+        return hashlib.sha256(f"{encoding} {prompt}".encode()).hexdigest()

@@ -20,6 +20,7 @@ on which tests/families/test_every_family.py holds the adapter against diffusers
 """
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,9 +35,13 @@ from diffusers.training_utils import free_memory, offload_models
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
+
+
+logger = logging.getLogger(__name__)
 
 
 class Conditioning(dict[str, Tensor]):
@@ -125,11 +130,14 @@ class Family(ABC):
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
     unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
+    scheduler_values: ClassVar[dict] = {}  # what the pipeline sets in its scheduler's configuration when it is made
+    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # the one class that the pipeline runs; None: several
     guidance_scales: ClassVar[GuidanceScales]
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
     longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
+    card_note: ClassVar[str | None] = None  # what the model card says of its code
     lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
@@ -155,6 +163,12 @@ class Family(ABC):
         self.offload_text_encoders = self.offload_vae = offload
         self.vae_batch_size = vae_batch_size
         self.lora_layers: list = []
+        # parts that diffusers must be told to leave out: the unused ones, and what the pipeline was saved without
+        absent = [name for name, part in pipeline.components.items() if part is None]
+        self.absent_parts = [
+            name for name in absent if name in self.unused_parts or name not in pipeline._optional_components
+        ]
+        self._warned_of_long_prompts = False
         self._loaded_parts: ExitStack | None = None
         self._drawer = _without_text_encoders(pipeline)
 
@@ -228,6 +242,16 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
+
+    def warn_of_long_prompts(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Once: diffusers would warn of every prompt and text encoder, with all that was cut off."""
+        if self._warned_of_long_prompts:
+            return
+        for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
+            if len(tokens) > limit:
+                self._warned_of_long_prompts = True
+                logger.warning(f"prompts are cut off after {limit} tokens, the first one is: {prompt[:80]!r} ...")
+                return
 
     def collate(
         self,
@@ -408,6 +432,7 @@ def _without_text_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     values |= {name: None for name in parameters if name.startswith(("text_encoder", "tokenizer"))}
     if "add_watermarker" in parameters:
         values["add_watermarker"] = False
-    drawer = type(pipeline)(**values)
+    with quiet_libraries():  # which have warned of what is left out
+        drawer = type(pipeline)(**values)
     drawer.set_progress_bar_config(disable=True)
     return drawer

@@ -69,6 +69,7 @@ class ModelInfo(NamedTuple):
     denoiser_config: dict  # of the one that is trained
     vae_config: dict
     scheduler: SchedulerMixin  # converted as the source says
+    absent_parts: tuple[str, ...]  # of the pipeline: the unused ones, and those that it was saved without
 
 
 def read_config(model_class, location: str, subfolder: str | None = None, **files) -> dict:
@@ -109,7 +110,9 @@ def read_model_info(source: ModelSource) -> ModelInfo:
 
     scheduler = _read_scheduler(source, model_index)
     scheduler = _converted(source, family, denoiser_config, scheduler)
-    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler)
+    missing = [name for name, value in model_index.items() if value == [None, None]]
+    absent_parts = (*family.unused_parts, *missing)
+    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler, absent_parts)
 
 
 def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
@@ -143,12 +146,21 @@ def _converted(source: ModelSource, family: type[Family], denoiser_config: dict,
     original_inference_steps = source.original_inference_steps
     if original_inference_steps is None and source.scheduler == "lcm":
         original_inference_steps = family.original_inference_steps(denoiser_config)
-    return convert_scheduler(
+    scheduler = convert_scheduler(
         scheduler,
         source.scheduler,
         timestep_spacing=source.timestep_spacing,
         original_inference_steps=original_inference_steps,
     )
+    if family.only_scheduler not in (None, type(scheduler)):
+        name, only = family.pipeline_class.__name__, family.only_scheduler.__name__
+        raise UserError(f"--scheduler: a {name} runs {only} alone, not {type(scheduler).__name__}: drop the flag")
+    values = {key: value for key, value in family.scheduler_values.items() if key in scheduler.config}
+    for key, value in values.items():
+        if (source.scheduler_config or {}).get(key, value) != value:
+            raise UserError(f"--scheduler_config: a {family.pipeline_class.__name__} sets {key} to {value}: drop it")
+    scheduler.register_to_config(**values)
+    return scheduler
 
 
 def _check_weight_file(flag: str, name: str) -> Path | None:
@@ -200,6 +212,8 @@ def empty_parts(source: ModelSource, info: ModelInfo) -> dict[str, torch.nn.Modu
     parts = {info.family.denoiser_name: empty_denoiser(info.family, info.denoiser_config)}
     base = source.pretrained_model_name_or_path
     for part, (model_class, config_class) in info.family.text_encoder_classes.items():
+        if part in info.absent_parts:
+            continue
         try:
             config = config_class.from_pretrained(base, subfolder=part, **source.files)
         except OSError as error:
@@ -246,7 +260,7 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
         UserError: a part cannot be loaded, or does not fit the base model.
     """
     info = read_model_info(source)
-    parts = dict.fromkeys(info.family.unused_parts)
+    parts = dict.fromkeys(info.absent_parts)
     is_upcast = info.family.upcasts_vae and info.vae_config.get("force_upcast", True)
     vae_dtype = torch.float32 if is_upcast else weight_dtype
     try:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 from tests.conftest import CAPTIONS
 
@@ -61,3 +61,17 @@ def build_mistral_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **tokens)
+
+
+def build_t5_tokenizer(max_length: int = 512) -> T5Tokenizer:
+    """Unigram, with every ASCII letter and digit in its vocabulary."""
+    letters = [chr(code) for code in range(128) if chr(code).isalnum()]
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, initial_alphabet=letters, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CAPTIONS * 2, trainer)
+    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
