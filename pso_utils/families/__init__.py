@@ -14,6 +14,8 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "sdxl:SDXL",
     "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXL",  # the same parts
     "ZImagePipeline": "z_image:ZImage",
+    "Flux2KleinPipeline": "flux2_klein:Flux2Klein",
+    "FluxPipeline": "flux:Flux",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

@@ -133,7 +133,7 @@ class Family(ABC):
     longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
-    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
+    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise; see `default_lora_targets`
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
     has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
@@ -211,6 +211,11 @@ class Family(ABC):
                     f"--resolution {side} is not a multiple of {multiple}: pass {below} or {below + multiple}"
                 )
 
+    @classmethod
+    def default_lora_targets(cls, denoiser_config: dict) -> list[str]:
+        """Where the LoRA goes unless told otherwise, in a denoiser of this configuration."""
+        return cls.lora_targets
+
     # ---- Shapes and schedules ----
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -270,6 +275,8 @@ class Family(ABC):
         arguments["guidance_scale"] = self.guidance_scale
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
         return arguments | {"height": deployment.height, "width": deployment.width}
 
     def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:
@@ -375,8 +382,9 @@ class Family(ABC):
         target_modules: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> list[torch.nn.Parameter]:
-        """`lora.add_lora` to the denoiser, by default at `lora_targets`; returns the parameters to train."""
-        target_modules = self.lora_targets if target_modules is None else target_modules
+        """`lora.add_lora` to the denoiser, by default at `default_lora_targets`; returns the parameters to train."""
+        if target_modules is None:
+            target_modules = self.default_lora_targets(self.denoiser.config)
         parameters = lora.add_lora(
             self.denoiser, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed
         )

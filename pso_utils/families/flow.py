@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -61,6 +62,11 @@ def to_sequence(latents: Tensor) -> Tensor:
 def from_sequence(sequence: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `to_sequence`."""
     return sequence.transpose(1, 2).unflatten(2, (height, width))
+
+
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each patch of such a sequence, [height width, 2]."""
+    return torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
 
 
 class PackedFamily(FlowFamily):

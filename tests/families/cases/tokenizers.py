@@ -3,7 +3,7 @@
 import json
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Tokenizer, T5Tokenizer
 
 from tests.conftest import CAPTIONS
 
@@ -31,3 +31,17 @@ def build_qwen_tokenizer(max_length: int = 512) -> Qwen2Tokenizer:
         model_max_length=max_length,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def build_t5_tokenizer(max_length: int = 512) -> T5Tokenizer:
+    """Unigram, with every ASCII letter and digit in its vocabulary."""
+    letters = [chr(code) for code in range(128) if chr(code).isalnum()]
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, initial_alphabet=letters, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CAPTIONS * 2, trainer)
+    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)
