@@ -45,8 +45,9 @@ class FlowFamily(Family):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`)."""
-    return to_sequence(pixel_unshuffle(latents, 2))
+    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`), contiguous as there: in
+    bfloat16 the bits of a product depend on it."""
+    return to_sequence(pixel_unshuffle(latents, 2)).contiguous()
 
 
 def unpack(sequence: Tensor, height: int, width: int) -> Tensor:

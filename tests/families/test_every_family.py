@@ -139,6 +139,31 @@ def test_the_trajectory_is_the_plain_pipelines(case, family):
             assert torch.equal(own, latents) or not case.IS_EXACT
 
 
+def test_in_bfloat16_the_model_is_called_as_the_pipeline_calls_it(case):
+    """Times and guidance are rounded where the pipeline rounds them: the model is at home on no others."""
+    if not case.IS_EXACT:
+        pytest.skip("not even float32 has the pipeline's bits")
+    steps, height, width = runs(case)[1]
+    pipeline, calls = plain(case).to(torch.bfloat16), []
+    step = pipeline.scheduler.step
+
+    def record_step(model_output, timestep, sample, *args, **kwargs):
+        calls.append([case.unpack(pipeline, value, height, width) for value in (sample, model_output)])
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    pipeline.scheduler.step = record_step
+    draw(case, pipeline, steps, height, width, output_type="latent")
+    family = case.info.family(deepcopy(case.loaded).to(torch.bfloat16))
+    conditioning = conditioning_of(family, height, width)
+    schedule = schedule_of(case, steps, height, width, stochastic=False)
+    assert len(calls) == steps
+    for index, (sample, model_output) in enumerate(calls):
+        at = schedule.at(torch.full((len(PROMPTS),), index))
+        with torch.no_grad():
+            output = family.predict(at.columns.input_scale * sample.float(), at.timesteps, conditioning)
+        assert output.dtype == torch.float32 and torch.equal(output, model_output.float())
+
+
 def test_the_stochastic_trajectory_is_the_schedulers_own(case, family):
     if "stochastic_sampling" not in case.info.scheduler.config:
         pytest.skip("the scheduler is stochastic as it is, or not at all")

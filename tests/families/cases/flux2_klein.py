@@ -3,9 +3,9 @@
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -49,8 +49,8 @@ def build() -> Flux2KleinPipeline:
     )
     transformer = Flux2Transformer2DModel(
         in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
+        num_layers=1,
+        num_single_layers=2,
         num_attention_heads=2,
         attention_head_dim=16,
         joint_attention_dim=48,
