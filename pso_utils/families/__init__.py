@@ -16,6 +16,8 @@ FAMILIES: dict[str, str] = {
     "StableDiffusionXLPipeline": "sdxl:SDXL",
     "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXL",  # the same parts
     "ZImagePipeline": "z_image:ZImage",
+    "Flux2KleinPipeline": "flux2_klein:Flux2Klein",
+    "FluxPipeline": "flux:Flux",
     "SanaSprintPipeline": "sana_sprint:SanaSprint",
     "ErnieImagePipeline": "ernie_image:ErnieImage",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",

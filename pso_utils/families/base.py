@@ -138,7 +138,7 @@ class Family(ABC):
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
     card_note: ClassVar[str | None] = None  # what the model card says of its code
-    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
+    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise; see `default_lora_targets`
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
     has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
@@ -221,6 +221,11 @@ class Family(ABC):
                 raise UserError(
                     f"--resolution {side} is not a multiple of {multiple}: pass {below} or {below + multiple}"
                 )
+
+    @classmethod
+    def default_lora_targets(cls, denoiser_config: dict) -> list[str]:
+        """Where the LoRA goes unless told otherwise, in a denoiser of this configuration."""
+        return cls.lora_targets
 
     # ---- Shapes and schedules ----
 
@@ -398,8 +403,9 @@ class Family(ABC):
         target_modules: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> list[torch.nn.Parameter]:
-        """`lora.add_lora` to the denoiser, by default at `lora_targets`; returns the parameters to train."""
-        target_modules = self.lora_targets if target_modules is None else target_modules
+        """`lora.add_lora` to the denoiser, by default at `default_lora_targets`; returns the parameters to train."""
+        if target_modules is None:
+            target_modules = self.default_lora_targets(self.denoiser.config)
         parameters = lora.add_lora(
             self.denoiser, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed
         )

@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -44,8 +45,9 @@ class FlowFamily(Family):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`)."""
-    return to_sequence(pixel_unshuffle(latents, 2))
+    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`), contiguous as there: in
+    bfloat16 the bits of a product depend on it."""
+    return to_sequence(pixel_unshuffle(latents, 2)).contiguous()
 
 
 def unpack(sequence: Tensor, height: int, width: int) -> Tensor:
@@ -61,6 +63,11 @@ def to_sequence(latents: Tensor) -> Tensor:
 def from_sequence(sequence: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `to_sequence`."""
     return sequence.transpose(1, 2).unflatten(2, (height, width))
+
+
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each patch of such a sequence, [height width, 2]."""
+    return torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
 
 
 class PackedFamily(FlowFamily):

@@ -87,7 +87,7 @@ def check_lora(args: argparse.Namespace, info: ModelInfo) -> list[str]:
     if args.rank is None:
         args.rank = DEFAULT_RANK
     if args.lora_target_modules is None:
-        return info.family.lora_targets
+        return info.family.default_lora_targets(info.denoiser_config)
     denoiser = empty_denoiser(info.family, info.denoiser_config)
     check_lora_targets(denoiser, args.lora_target_modules, info.family.lora_targets)
     return args.lora_target_modules

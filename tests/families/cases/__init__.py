@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image", "sd15", "sd21", "lcm", "sdxl", "sd3", "sd3_without_t5", "sana_sprint", "ernie_image"]
+CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "sd15", "sd21", "lcm", "sdxl", "sd3", "sd3_without_t5",
+         "sana_sprint", "ernie_image"]  # fmt: skip
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
