@@ -16,6 +16,7 @@ FAMILIES: dict[str, str] = {
     "ZImagePipeline": "z_image:ZImage",
     "SanaSprintPipeline": "sana_sprint:SanaSprint",
     "ErnieImagePipeline": "ernie_image:ErnieImage",
+    "QwenImagePipeline": "qwen_image:QwenImage",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"
