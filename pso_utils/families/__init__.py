@@ -17,6 +17,7 @@ FAMILIES: dict[str, str] = {
     "SanaSprintPipeline": "sana_sprint:SanaSprint",
     "ErnieImagePipeline": "ernie_image:ErnieImage",
     "QwenImagePipeline": "qwen_image:QwenImage",
+    "Krea2Pipeline": "krea2:Krea2",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

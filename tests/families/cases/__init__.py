@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image", "sana_sprint", "ernie_image", "qwen_image"]
+CASES = ["z_image", "sana_sprint", "ernie_image", "qwen_image", "krea2"]
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
