@@ -21,6 +21,8 @@ FAMILIES: dict[str, str] = {
     "SanaSprintPipeline": "sana_sprint:SanaSprint",
     "ErnieImagePipeline": "ernie_image:ErnieImage",
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "Krea2Pipeline": "krea2:Krea2",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

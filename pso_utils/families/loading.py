@@ -304,7 +304,10 @@ def _load_distilled_denoiser(source: ModelSource, info: ModelInfo, weight_dtype:
     denoiser = empty_denoiser(info.family, info.denoiser_config)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     _check_state_dict(source.distilled_denoiser, denoiser, shapes)
-    denoiser.load_state_dict({key: value.to(weight_dtype) for key, value in state_dict.items()}, assign=True)
+    kept = set(denoiser._keep_in_fp32_modules or [])  # as `from_pretrained` keeps them
+    for key, value in state_dict.items():
+        state_dict[key] = value.to(weight_dtype if kept.isdisjoint(key.split(".")) else torch.float32)
+    denoiser.load_state_dict(state_dict, assign=True)
     return denoiser
 
 

@@ -26,7 +26,7 @@ def case(request, tmp_path_factory):
     case = find_case(request.param)
     case.folder = tmp_path_factory.mktemp(request.param)
     case.build().save_pretrained(case.folder)
-    case.source = ModelSource(str(case.folder))
+    case.source = ModelSource(str(case.folder), scheduler_config=case.SCHEDULER_CONFIG)
     case.info = read_model_info(case.source)
     case.loaded = load_pipeline(case.source)
     return case
@@ -48,7 +48,8 @@ def plain(case, dtype: torch.dtype = torch.float32, **config):
     pipeline = case.info.family.pipeline_class.from_pretrained(
         case.folder, dtype=dtype, **dict.fromkeys(case.info.absent_parts)
     )
-    pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **config})
+    config = {**pipeline.scheduler.config, **case.SCHEDULER_CONFIG, **config}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

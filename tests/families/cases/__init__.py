@@ -7,9 +7,10 @@ A case is a module of this folder, named in CASES, with
 - `CALL`: how the plain pipeline is called at deployment, beside prompts, steps, size and generators;
 
 and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides), `STEPS`, `SIZES`,
-`unpack(pipeline, latents, height, width)` (latents of the pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)`
-(the arithmetic of diffusers' training script), `ETA` (what the pipeline is called with, if it hands one to its
-scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the trajectory is the plain pipeline's bit for bit).
+`SCHEDULER_CONFIG` (what replaces the pipeline's own values), `unpack(pipeline, latents, height, width)` (latents of the
+pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
+the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the
+trajectory is the plain pipeline's bit for bit).
 """
 
 from importlib import import_module
@@ -18,8 +19,8 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "sd15", "sd21", "lcm", "sdxl", "sd3", "sd3_without_t5",
-         "sana_sprint", "ernie_image"]  # fmt: skip
+CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "qwen_image", "krea2", "sd15", "sd21", "lcm", "sdxl",
+         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image"]  # fmt: skip
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
@@ -27,6 +28,7 @@ DEFAULTS = {
     "STEPS": (2, 4),
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
+    "SCHEDULER_CONFIG": {},
     "IS_EXACT": False,
     "FLAGS": {},  # of the scripts, beside model, steps and resolution
     "unpack": lambda pipeline, latents, height, width: latents,
