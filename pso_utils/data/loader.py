@@ -153,8 +153,8 @@ class PairLoader:
         pairs, flipped, records, num_broken = [], [], [], 0
         for record in map(source.record, items):
             try:
-                target = decode_image(record.target, source.folder)
-                reference = decode_image(record.reference, source.folder) if source.has_references else None
+                target = decode_image(record.target, source.folders)
+                reference = decode_image(record.reference, source.folders) if source.has_references else None
             except BrokenImage as error:
                 if not self.skip_broken_images:
                     raise UserError(

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
+from pso_utils.data.images import FORMATS as IMAGE_FORMATS
 from pso_utils.errors import UserError
 
 
@@ -46,12 +48,21 @@ def open_dataset(
     return read_dataset(dataset_name, name, config_name=config_name, **settings)
 
 
-def dataset_folder(dataset_name: str) -> Path:
-    """Where the relative paths in a data set start: its folder, or for one of the hub the current one."""
+def row_folders(folder: Path | None, cache_dir: str | None = None) -> list[Path]:
+    """Where the paths in a data set's rows may lead: into its own folder, in which relative ones start, and to where
+    `datasets` keeps what it downloads and unpacks."""
+    from datasets.config import DOWNLOADED_DATASETS_PATH  # imported here, as everywhere, because it takes seconds
+
+    downloads = Path(cache_dir, "downloads").expanduser() if cache_dir else Path(DOWNLOADED_DATASETS_PATH)
+    return [*([] if folder is None else [folder]), downloads, Path(HF_HUB_CACHE)]
+
+
+def dataset_folder(dataset_name: str) -> Path | None:
+    """A local data set's own folder; None for one of the hub."""
     path = Path(dataset_name).expanduser()
     if path.is_dir():
         return path
-    return path.parent if matching_files(dataset_name) else Path()
+    return path.parent if matching_files(dataset_name) else None
 
 
 def is_local(dataset_name: str) -> bool:
@@ -69,7 +80,7 @@ def matching_files(dataset_name: str) -> list[str]:
 
 
 def open_saved_dataset(path: Path, name: str, split: str):
-    from datasets import load_from_disk  # imported here, as everywhere, because it takes seconds
+    from datasets import load_from_disk
 
     with one_line_errors(name):
         dataset = load_from_disk(str(path))
@@ -164,8 +175,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 def image_files(paths: Iterable[Path]) -> list[str]:
     """Those of the paths that are files with an image's suffix, sorted."""
-    Image.init()
-    suffixes = {suffix for suffix, format_name in Image.registered_extensions().items() if format_name in Image.OPEN}
+    suffixes = {suffix for suffix, format_name in Image.registered_extensions().items() if format_name in IMAGE_FORMATS}
     return [str(path) for path in sorted(paths) if path.suffix.lower() in suffixes and path.is_file()]
 
 

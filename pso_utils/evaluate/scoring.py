@@ -129,7 +129,7 @@ def data_pixels(data: Table, rows: Sequence[int], resolution: int) -> Iterator[T
     for row in rows:
         record = data.record(row)
         try:
-            image = decode_image(record.target, data.folder)
+            image = decode_image(record.target, data.folders)
         except BrokenImage as error:
             raise UserError(f"{describe(record.id)} of {data.name}, --image_column: {error}") from error
         yield transform_pair(image, None, resolution=resolution).target

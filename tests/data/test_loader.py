@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from pair_sources import (
 from PIL import Image as PILImage
 
 from pso_utils.data.loader import PairLoader, contiguous_part
-from pso_utils.data.pairs import load_instance_images
+from pso_utils.data.pairs import load_images, load_instance_images
 from pso_utils.errors import UserError
 
 
@@ -207,6 +208,30 @@ def test_a_broken_or_missing_file_is_named(load, tmp_path):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
         with pytest.raises(UserError, match=rf"row 0 .*pairs.jsonl has a broken image: {name}: "):
             read(make_loader(load(tmp_path / "pairs.jsonl")))
+
+
+@pytest.mark.parametrize("streaming, num_workers", [(False, 0), (True, 0), (False, 1)])
+def test_a_row_that_names_a_file_of_somebody_elses_ends_the_run(load, tmp_path, streaming, num_workers):
+    """Also with --skip_broken_images, which would hide it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, directory in (("private.png", tmp_path), ("own.png", folder)):
+        (directory / name).write_bytes(png())
+    row = {"jpg_0": "own.png", "jpg_1": "../private.png", "label_0": 1, "caption": "a"}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    loader = make_loader(
+        load(folder / "pairs.jsonl", streaming=streaming), skip_broken_images=True, num_workers=num_workers
+    )
+    with pytest.raises(UserError, match="../private.png leads out of .*data: "):
+        read(loader)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_zipped_folder_of_images_is_read(tmp_path, streaming):
+    write_image_folder(tmp_path / "images")
+    shutil.make_archive(tmp_path / "data" / "images", "zip", tmp_path / "images")
+    source = load_images(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    assert sorted(captions_of(read(make_loader(source)))) == ["drawing a", "drawing b", "drawing c"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
