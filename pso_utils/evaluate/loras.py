@@ -9,7 +9,7 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from pso_utils.errors import UserError
+from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.base import quiet_libraries
 from pso_utils.families.lora import lora_matrices
@@ -76,15 +76,18 @@ def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cac
     config, layers, weights = parts[family.denoiser_name].config, {}, {}
     try:
         state_dict = family.read_lora(location, filename, denoiser_config=config, cache_dir=cache_dir)
-        for part, model in parts.items():
-            own = lora_matrices(part, model, state_dict)
-            layers |= {f"{part}, {name}": matrices for name, matrices in own.items()}
-            weights |= {f"{part}, {name}": getattr(module, "weight", None) for name, module in model.named_modules()}
     except Exception as error:  # of the hub, the network, the file's format: each library has its own
         raise UserError(
             f"--lora {text} is no LoRA that can be read ({' '.join(str(error).split())[:300]}); pass NAME=PATH with a "
             "folder, a file, a hub id or repo:file"
         ) from error
+    for part, model in parts.items():
+        try:
+            own = lora_matrices(part, model, state_dict)
+        except ValueError as error:  # diffusers', for names of a text encoder that it does not know
+            raise UserError(f"--lora {text} has names that are none of a LoRA's ({first_line(error)})") from error
+        layers |= {f"{part}, {name}": matrices for name, matrices in own.items()}
+        weights |= {f"{part}, {name}": getattr(module, "weight", None) for name, module in model.named_modules()}
     if not layers:
         first = f"its first name is {min(state_dict)}" if state_dict else "it is empty"
         raise UserError(
