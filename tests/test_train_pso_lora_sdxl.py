@@ -38,6 +38,8 @@ from script_runs import (
 )
 
 import train_pso_lora_sdxl
+from pso_utils.data.pairs import load_preference_pairs
+from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.families.sdxl import SDXL
 from pso_utils.rewards import Rewards
@@ -570,6 +572,19 @@ def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, task
         run(flags(output_dir=half, max_train_steps=10, resume_from_checkpoint="latest", **changes))
         assert seen == undisturbed
         assert_same_run(half, whole)
+
+
+def test_an_epoch_of_a_stream_goes_on_with_as_many_processes(tasks):
+    stream = load_preference_pairs(str(tasks / "pairs.parquet"), streaming=True)
+    table = load_preference_pairs(str(tasks / "pairs.parquet"))
+    state = train_pso_lora_sdxl.OfflineState(position=4, num_processes=2)
+    train_pso_lora_sdxl.check_stream_position(stream, state, 2)
+    with pytest.raises(UserError, match="this epoch was begun by 2 processes, .* resume with 2"):
+        train_pso_lora_sdxl.check_stream_position(stream, state, 3)
+    train_pso_lora_sdxl.check_stream_position(table, state, 3)
+    state.position = 0
+    train_pso_lora_sdxl.check_stream_position(stream, state, 1)
+    assert state.num_processes == 1
 
 
 @pytest.mark.slow

@@ -162,14 +162,11 @@ class Stream:
         max_records: int | None,
         shuffle_buffer_size: int,
     ):
-        from datasets import IterableDataset  # imported here, as below, because it takes seconds
-
         self.name, self.folders, self.num_ties = name, folders, 0
         self.has_references = columns.reference is not None
         self._dataset, self._columns, self._max_records = dataset, columns, max_records
         # The first so many records are one shard: which they are must not depend on the order of the shards.
         self._shards = [0] if max_records is not None else list(range(dataset.num_shards))
-        self._numbered = IterableDataset.from_generator(self._read, gen_kwargs={"shards": self._shards})
         self._shuffle_buffer_size = shuffle_buffer_size
 
     def _read(self, shards: list[int]) -> Iterator[dict]:
@@ -206,22 +203,30 @@ class Stream:
         """The first so many records as they are stored, without filling the shuffle buffer; raises as `order`."""
         return list(islice(self._pass(self._read(self._shards)), number))
 
-    def order(self, *, seed: int, epoch: int) -> Iterator[Record]:
-        """Every record once: `datasets` shuffles the shards, and a buffer of records, by (seed, epoch).
+    def order(self, *, seed: int, epoch: int, num_processes: int = 1, process_index: int = 0) -> Iterator[Record]:
+        """Every record once over all processes: `datasets` shuffles the shards, and a buffer of records, by (seed,
+        epoch). Each process reads shards of its own; where there are fewer of them than processes, each reads all of
+        them and takes one record of `num_processes`.
 
         Raises:
-            UserError: the stream cannot be read, or has nothing but ties.
+            UserError: the stream cannot be read, or, on one process, has nothing but ties.
         """
+        from datasets import IterableDataset  # imported here, as below, because it takes seconds
+
+        are_enough = len(self._shards) >= num_processes
+        own = self._shards[process_index::num_processes] if are_enough else self._shards
+        numbered = IterableDataset.from_generator(self._read, gen_kwargs={"shards": own})
         generator = np.random.default_rng((seed, epoch))
         buffers = {"buffer_size": self._shuffle_buffer_size, "max_buffer_input_shards": _MAX_OPEN_SHARDS}
-        return self._pass(self._numbered.shuffle(generator=generator, **buffers))
+        records = self._pass(numbered.shuffle(generator=generator, **buffers), may_be_empty=num_processes > 1)
+        return records if are_enough else islice(records, process_index, None, num_processes)
 
-    def _pass(self, records) -> Iterator[Record]:
+    def _pass(self, records, *, may_be_empty: bool = False) -> Iterator[Record]:
         self.num_ties, is_empty = 0, True
         for values in records:
             is_empty = False
             yield Record(**values)
-        if is_empty:
+        if is_empty and not may_be_empty:
             raise only_ties(self.name, self.num_ties)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,6 +146,14 @@ def load_lora(denoiser: ModelMixin, part: str, folder) -> None:
     if {key: value.shape for key, value in state_dict.items()} != expected:
         raise UserError(f"{folder} holds a LoRA of another model; resume with the base model that it was trained on")
     set_peft_model_state_dict(denoiser, state_dict)
+
+
+def checksum(denoiser: ModelMixin) -> int:
+    """Of the LoRA's bits: processes that train the same one have the same."""
+    value = 0
+    for tensor in get_peft_model_state_dict(denoiser).values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def lora_matrices(part: str, model: torch.nn.Module, state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
