@@ -48,7 +48,6 @@ from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, on_main_process, one_line_errors
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
-from pso_utils.run.model_card import scheduler_code
 from pso_utils.run.optimizer import (
     make_optimizer,
     optimizer_step,
@@ -337,11 +336,7 @@ def make_references(
         with family.without_lora():
             return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
 
-    names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
-    names += ["distilled_unet", "distillation_lora", "reference_policy"]
-    settings = {name: getattr(args, name) for name in names} | deployment._asdict()
-    settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
-    settings["mixed_precision"] = accelerator.mixed_precision
+    settings = {"model": family.origin, "reference_policy": args.reference_policy, **deployment._asdict()}
     folder = Path(args.output_dir, "references")
     batch_size = args.sample_batch_size
     return References(accelerator, folder, captions, draw, settings=settings, seed=args.seed, batch_size=batch_size)

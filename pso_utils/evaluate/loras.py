@@ -53,18 +53,6 @@ def find_lora(text: str, *, scale: float = 1.0) -> Model:
     return Model(name, source, scale)
 
 
-def source_state(source: str | None):
-    """What changes when a model's files do, as JSON: their names, sizes and times; of a hub's model its name."""
-    if source is None:
-        return None
-    path = Path(*filter(None, split_source(source)))
-    if not path.exists():
-        return source
-    suffixes = (".json", *WEIGHT_SUFFIXES)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in suffixes)
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cache_dir: str | None = None) -> None:
     """Holds a LoRA's names and shapes against the base's `parts`: diffusers itself only warns of layers that it does
     not know. `text` is the flag's value, for messages.

@@ -93,6 +93,9 @@ class Family(ABC):
         guidance_scale: embedded guidance, an input of the model; None: the family's default.
         offload: whether text encoders and VAE are on the CPU except where they are used.
         vae_batch_size: images that the VAE takes at once.
+
+    Attributes:
+        origin: all that latents and embeddings depend on, JSON; what is kept on disk is another one's where it differs.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -119,6 +122,7 @@ class Family(ABC):
         self.offload_text_encoders = self.offload_vae = offload
         self.vae_batch_size = vae_batch_size
         self.lora_layers: list = []
+        self.origin: dict = {}
         self._loaded_parts: ExitStack | None = None
 
     # ---- What the configuration files alone tell ----
