@@ -119,8 +119,11 @@ def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs
 
 
 def diffusion_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
-    """PSO's rival: the plain diffusion loss on the targets, over all training timesteps."""
-    timesteps = (pairs.uniform * len(schedule.train_alpha)).long()
+    """PSO's rival: the plain diffusion or flow-matching loss on the targets, over all training timesteps."""
+    uniform = pairs.uniform
+    if args.timestep_sampling == "logit_normal":
+        uniform = torch.special.ndtri(uniform).sigmoid()
+    timesteps = (uniform * len(schedule.train_alpha)).long()
     inputs = diffusion_inputs(schedule, pairs.latents[0], pairs.noise, timesteps)
     model_output = family.predict(inputs.model_input, inputs.timesteps, pairs.conditioning)
     loss = ((model_output - inputs.target) ** 2).flatten(1).mean(1)
@@ -134,7 +137,7 @@ class Loss(NamedTuple):
     function: (family, schedule, weights [M] of the steps that may be drawn, pairs, args) -> the loss of each pair [b]
         and its metrics by name, [b] each.
     flags: which of the losses' flags it reads; the others are refused, and these are in the log and the model card.
-        Without `weighting`, all of the schedule's steps may be drawn.
+        Without `weighting` it is "x0": all of the schedule's steps may be drawn.
     metrics: the names of its metrics (`loss` is one anyway), for a process that has no pairs and adds zeros.
     defaults: weighting -> what the flags are unless given; the first one that fits the schedule is the default
         weighting. None: by task, `TASK_DEFAULTS`.
@@ -162,13 +165,16 @@ LOSSES = {
         flags=["weighting", "beta", "reference_weight", "prior_loss_weight"],
         metrics=HINGE_METRICS,
         # The release's, but for its reference_weight of 0.1, with which the hinge is regression onto the target.
-        defaults={"epsilon": {"beta": 5.0, "reference_weight": 0.5, "prior_loss_weight": 0.5}},
+        # Their weighting is the error of what the model predicts: flow matching's velocity, else the noise.
+        defaults=dict.fromkeys(
+            ["velocity", "epsilon"], {"beta": 5.0, "reference_weight": 0.5, "prior_loss_weight": 0.5}
+        ),
     ),
     "diffusion": Loss(
         diffusion_loss,
-        flags=[],
+        flags=["timestep_sampling"],
         metrics=[],
-        defaults={},
+        defaults={"x0": {"timestep_sampling": "uniform"}},
         takes_references=False,
         method="plain diffusion loss",
     ),
@@ -201,19 +207,18 @@ def set_loss_defaults(args, schedule: Schedule) -> Tensor:
         if getattr(args, flag) is not None and flag not in loss.flags:
             owners = " or ".join(name for name, other in LOSSES.items() if flag in other.flags)
             raise UserError(f"--{flag} goes with --loss {owners}, not {args.loss}: drop it")
-    if "weighting" not in loss.flags:
-        return forward_weights(schedule, "x0")
     by_weighting = TASK_DEFAULTS[args.task] if loss.defaults is None else loss.defaults
-    if args.weighting is None:
+    if "weighting" in loss.flags and args.weighting is None:
         args.weighting = next((name for name in by_weighting if fits_schedule(schedule, name)), None)
-    if args.weighting is None:
-        raise UserError(f"--loss {args.loss} has no default --weighting for this schedule: pass one")
-    weights = forward_weights(schedule, args.weighting)
-    defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(args.weighting, {})
+        if args.weighting is None:
+            raise UserError(f"--loss {args.loss} has no default --weighting for this schedule: pass one")
+    weighting = args.weighting or "x0"
+    weights = forward_weights(schedule, weighting)
+    defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(weighting, {})
     defaults["class_anchor"] = CLASS_ANCHOR if args.task == "concept" else 0.0
     for flag in loss.flags:
         if getattr(args, flag) is None and flag not in defaults:
-            raise UserError(f"--weighting {args.weighting} has no default --{flag} for --task {args.task}: pass one")
+            raise UserError(f"--weighting {weighting} has no default --{flag} for --task {args.task}: pass one")
         if getattr(args, flag) is None:
             setattr(args, flag, defaults[flag])
     return weights
@@ -258,8 +263,11 @@ def add_loss_arguments(parser):
     add("--loss", choices=LOSSES, default="sigmoid", help="sigmoid: PSO, relative to the base. hinge: without the "
         "base, as released for concepts. diffusion: the plain diffusion loss on the targets, PSO's rival.")  # fmt: skip
     add("--weighting", choices=WEIGHTINGS, help="Of the squared error of the clean latents: epsilon (alpha/sigma)^2, "
-        "x0 1, mdp the exact KL divergence of the transitions. Default: mdp for preference (x0 where it does not fit "
-        "the schedule), x0 for style and concept; epsilon for the hinge.")  # fmt: skip
+        "x0 1, velocity 1/sigma^2 (flow matching), mdp the exact KL divergence of the transitions. Default: mdp for "
+        "preference (x0 where it does not fit the schedule), x0 for style and concept; of the hinge velocity for flow "
+        "matching, else epsilon.")  # fmt: skip
+    add("--timestep_sampling", choices=["uniform", "logit_normal"], help="diffusion: how training timesteps are drawn. "
+        "Default: uniform.")  # fmt: skip
     add("--beta", type=arguments.positive_float, help="Strength of the preference. Default: "
         f"{defaults_text('beta')}.")  # fmt: skip
     add("--target_anchor", type=non_negative_float, help="sigmoid: weight of relu(growth of the target's error), which "
@@ -304,8 +312,8 @@ def check_arguments(args) -> Plan:
     source = open_source(args)
     info = models.check_model(args)
     lora_targets = models.check_lora(args, info)
-    set_loss_defaults(args, models.training_schedule(args, info.family, info.scheduler, stochastic=False))
-    models.deployment(args, info.family, info.scheduler)
+    set_loss_defaults(args, models.training_schedule(args, info, stochastic=False))
+    models.deployment(args, info)
     return Plan(source, reward_specs, info, checkpoint_to_resume(args, info, lora_targets))
 
 
@@ -475,10 +483,8 @@ def run(args):
     store = TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_latents else None
     embed = PromptCache(family, store=store)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
-    schedule = models.training_schedule(
-        args, family, family.pipeline.scheduler, stochastic=False, device=accelerator.device
-    )
-    deployment = models.deployment(args, family, family.pipeline.scheduler)
+    schedule = models.training_schedule(args, info, stochastic=False, device=accelerator.device)
+    deployment = models.deployment(args, info)
     entry = LOSSES[args.loss]
     weights = set_loss_defaults(args, schedule)
     loss_settings = {flag: getattr(args, flag) for flag in entry.flags}
@@ -649,6 +655,7 @@ def run(args):
         "loss": args.loss,
         **loss_settings,
         **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
+        **models.card_settings(args),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

@@ -106,8 +106,8 @@ def check_arguments(args) -> Plan:
     reward_specs = parse_rewards(args.reward, args.reward_model)
     info = models.check_model(args)
     lora_targets = models.check_lora(args, info)
-    stochastic_steps = models.training_schedule(args, info.family, info.scheduler, stochastic=True).num_steps - 1
-    models.deployment(args, info.family, info.scheduler)
+    stochastic_steps = models.training_schedule(args, info, stochastic=True).num_steps - 1
+    models.deployment(args, info)
     if args.train_timesteps is not None and args.train_timesteps > stochastic_steps:
         raise UserError(
             f"--train_timesteps {args.train_timesteps}: a schedule of {stochastic_steps + 1} steps has"
@@ -204,10 +204,8 @@ def run(args):
     parameters = models.add_trained_lora(args, accelerator, family)
     embed = PromptCache(family)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
-    schedule = models.training_schedule(
-        args, family, family.pipeline.scheduler, stochastic=True, device=accelerator.device
-    )
-    deployment = models.deployment(args, family, family.pipeline.scheduler)
+    schedule = models.training_schedule(args, info, stochastic=True, device=accelerator.device)
+    deployment = models.deployment(args, info)
     num_trained = args.train_timesteps or schedule.num_steps - 1
     size = (args.resolution, args.resolution)
     noise_shape = (schedule.num_steps + 1, *family.latent_shape(*size))
@@ -368,6 +366,7 @@ def run(args):
         "optimizer steps": state.global_step,
         "trained timesteps": schedule.timesteps.tolist(),
         **{name: getattr(args, name) for name in names},
+        **models.card_settings(args),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

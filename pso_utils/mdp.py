@@ -119,10 +119,11 @@ def add_noise(steps: Steps, original_sample: Tensor, noise: Tensor) -> Tensor:
 
 class Weighting(NamedTuple):
     """The weight of the squared error of x0: (schedule) -> [N], float32. With `needs_density` it exists only where the
-    transition has a std above 0, and never for the last step (by position)."""
+    transition has a std above 0, and never for the last step (by position); `is_flow`: for flow matching alone."""
 
     weight: Callable[[Schedule], Tensor]
     needs_density: bool = False
+    is_flow: bool = False
 
 
 WEIGHTINGS: dict[str, Weighting] = {
@@ -130,6 +131,8 @@ WEIGHTINGS: dict[str, Weighting] = {
     "epsilon": Weighting(lambda schedule: (schedule.columns.alpha / schedule.columns.sigma) ** 2),
     # the squared error of the clean latents themselves
     "x0": Weighting(lambda schedule: torch.ones_like(schedule.columns.alpha)),
+    # the squared error of flow matching's velocity eps - x0
+    "velocity": Weighting(lambda schedule: 1 / schedule.columns.sigma**2, is_flow=True),
     # the KL divergence of the model's transition from the one towards the data
     "mdp": Weighting(lambda schedule: schedule.columns.gain**2 / (2 * schedule.columns.std**2), needs_density=True),
 }
@@ -139,14 +142,18 @@ def forward_weights(schedule: Schedule, weighting: str) -> Tensor:
     """w [M], float32, of the M steps, from the first, that `weighting` may draw: all, or all but the last.
 
     Raises:
-        UserError: an unknown `weighting`, or one that needs a density where a step has none, or there is no such step.
+        UserError: an unknown `weighting`, or one that needs flow matching, or a density where a step has none, or there
+            is no such step.
     """
     if weighting not in WEIGHTINGS:
         raise UserError(f"unknown weighting {weighting!r}: pass one of {', '.join(WEIGHTINGS)} (--weighting)")
-    weight, needs_density = WEIGHTINGS[weighting]
+    weight, needs_density, is_flow = WEIGHTINGS[weighting]
+    if is_flow and schedule.prediction_type != "flow":
+        name = schedule.scheduler_name
+        raise UserError(f"--weighting {weighting} is for flow matching, and {name} is none: pass x0 or epsilon")
     if not needs_density:
         return weight(schedule)
-    remedy = "pass --weighting " + " or ".join(key for key, value in WEIGHTINGS.items() if not value.needs_density)
+    remedy = "pass --weighting epsilon or x0"
     num_weighted = schedule.num_steps - 1
     if num_weighted < 1:
         raise UserError(f"--weighting {weighting} needs a step before the last: {remedy}, or at least 2 steps")
@@ -171,13 +178,13 @@ class DiffusionInputs(NamedTuple):
 
 
 def diffusion_inputs(schedule: Schedule, original_sample: Tensor, noise: Tensor, timesteps: Tensor) -> DiffusionInputs:
-    """The inputs of the plain diffusion loss at `timesteps` [B], long, of all training timesteps (not only the
-    schedule's), for clean latents and standard normal noise [B, C, h, w]. The target is what the model predicts: the
-    noise, the velocity alpha eps - sigma x0, or the clean latents. The Euler family's input, (x0 + s eps) /
-    sqrt(s^2 + 1) with s = sigma / alpha, is the variance-preserving one, alpha x0 + sigma eps.
+    """The inputs of the plain diffusion loss at the training timesteps number `timesteps` [B], long (of all, not only
+    the schedule's), for clean latents and standard normal noise [B, C, h, w]. The target is what the model predicts:
+    the noise, the velocity alpha eps - sigma x0, the clean latents, or flow matching's velocity eps - x0. The Euler
+    family's input (x0 + s eps) / sqrt(s^2 + 1), s = sigma / alpha, is the variance-preserving alpha x0 + sigma eps.
 
     Raises:
-        UserError: the scheduler is none of diffusion's (flow matching, SCM).
+        UserError: the scheduler has no training timesteps (SCM).
     """
     if schedule.train_alpha is None:
         raise UserError(f"{schedule.scheduler_name} has no plain diffusion loss here: pass another --loss")
@@ -185,8 +192,9 @@ def diffusion_inputs(schedule: Schedule, original_sample: Tensor, noise: Tensor,
     alpha = schedule.train_alpha[timesteps, None, None, None]
     sigma = schedule.train_sigma[timesteps, None, None, None]
     targets = {"epsilon": noise, "v_prediction": alpha * noise - sigma * original_sample, "sample": original_sample}
+    targets["flow"] = noise - original_sample
     return DiffusionInputs(
         model_input=alpha * original_sample + sigma * noise,
-        timesteps=timesteps.to(schedule.timesteps.dtype),
+        timesteps=schedule.train_timesteps[timesteps],
         target=targets[schedule.prediction_type],
     )

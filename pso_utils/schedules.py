@@ -97,8 +97,8 @@ class Schedule:
         init_noise_sigma: the standard deviation of the starting latents.
         sigma_data: the latents' standard deviation that a trigflow model presumes; 1 for all others.
         clip_range: predicted clean latents are clamped to +-clip_range; None: they are not.
-        train_alpha, train_sigma: [T], the levels of all training timesteps, for the plain diffusion loss; None where
-            the scheduler has no such timesteps (flow matching, SCM).
+        train_timesteps, train_alpha, train_sigma: [T], all training timesteps, ascending, as handed to the model, and
+            their levels, for the plain diffusion loss; None where the scheduler has none (SCM).
     """
 
     scheduler_name: str
@@ -109,6 +109,7 @@ class Schedule:
     init_noise_sigma: float
     sigma_data: float
     clip_range: float | None
+    train_timesteps: Tensor | None
     train_alpha: Tensor | None
     train_sigma: Tensor | None
 
@@ -319,11 +320,9 @@ def make_schedule(
     columns["next_sigma"] = (columns["std"] ** 2 + columns["eps_gain"] ** 2).sqrt()
     noise_gain = columns["eps_gain"] * columns["alpha"] / columns["sigma"]  # in float64, for the two may nearly cancel
     columns["gain"] = columns["next_alpha"] * columns["c_out"] - noise_gain
+    levels = _training_levels(scheduler, config, arguments)
     sigma_data = config.get("sigma_data", 1.0)
     init_noise_sigma = sigma_data if prediction_type == "trigflow" else getattr(scheduler, "init_noise_sigma", 1.0)
-    train_alpha = train_sigma = None
-    if hasattr(scheduler, "alphas_cumprod"):
-        train_alpha, train_sigma = (level.float().to(device) for level in _vp_levels(scheduler.alphas_cumprod.double()))
     schedule = Schedule(
         scheduler_name=name,
         prediction_type=prediction_type,
@@ -334,11 +333,30 @@ def make_schedule(
         sigma_data=sigma_data,
         # TCD has a clip_sample in its config and never reads it
         clip_range=config["clip_sample_range"] if config.get("clip_sample") and name != "TCDScheduler" else None,
-        train_alpha=train_alpha,
-        train_sigma=train_sigma,
+        **{name: None if level is None else level.to(device) for name, level in levels.items()},
     )
     _check_tables(schedule, stochastic=stochastic)
     return schedule
+
+
+def _training_levels(scheduler: SchedulerMixin, config: dict, arguments: dict) -> dict[str, Tensor | None]:
+    """`Schedule`'s train_timesteps, train_alpha and train_sigma."""
+    count, timesteps, alpha, sigma = config["num_train_timesteps"], None, None, None
+    if _is_flow(type(scheduler)):
+        # shifted as the deployed ones are, but all the way down
+        levels = type(scheduler)(**{**config, "shift_terminal": None})
+        levels.set_timesteps(**{**arguments, "sigmas": [1 - n / count for n in range(count)]})
+        timesteps, sigma = levels.timesteps.flip(0), levels.sigmas[:-1].flip(0)
+        alpha = 1 - sigma
+    elif hasattr(scheduler, "alphas_cumprod"):
+        alpha, sigma = (level.float() for level in _vp_levels(scheduler.alphas_cumprod.double()))
+        timesteps = torch.arange(count).to(scheduler.timesteps.dtype)
+    return {"train_timesteps": timesteps, "train_alpha": alpha, "train_sigma": sigma}
+
+
+def pipelines_pass_eta(scheduler: SchedulerMixin) -> bool:
+    """Whether pipelines hand their `eta` to this scheduler (diffusers' `prepare_extra_step_kwargs`)."""
+    return "eta" in signature(type(scheduler).step).parameters
 
 
 def _own_config(scheduler: SchedulerMixin, scheduler_class: type[SchedulerMixin]) -> dict:

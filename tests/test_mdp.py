@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
     StableDiffusionXLPipeline,
     TCDScheduler,
@@ -49,6 +50,7 @@ from pso_utils.mdp import (
     sample_trajectory,
     transition,
 )
+from pso_utils.schedules import make_schedule
 
 
 FLOW_IN_DIFFUSERS = FLOW_DEPLOYED + FLOW_RENOISED + FLOW_LCM
@@ -442,7 +444,7 @@ def test_x0_weighting_is_one_at_every_step(case):
         (Case(DDIMScheduler, {}, {"eta": 0.0}), "mdp", r"DDIMScheduler adds none after timestep 750.*\(--eta\)"),
         (FLOW_DEPLOYED[0], "mdp", r"FlowMatchEuler.* adds none after timestep 1000.*an eta above 0 \(--eta\)"),
         (Case(TCDScheduler, {}, {"timesteps": [999, 499, 0]}), "mdp", "499.*or timesteps that end above 0"),
-        (Case(LCMScheduler), "snr", r"unknown weighting 'snr': pass one of epsilon, x0, mdp \(--weighting\)"),
+        (Case(LCMScheduler), "snr", r"unknown weighting 'snr': pass one of epsilon, x0, velocity, mdp \(--weighting\)"),
     ],
 )
 def test_what_has_no_weight_is_a_clear_error(case, weighting, message):
@@ -476,10 +478,35 @@ def test_diffusion_inputs_at_the_schedules_timesteps_are_what_its_steps_give_the
     assert torch.allclose(predict(steps, target, sample)[0], clean, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", [FLOW_DEPLOYED[0], FLOW_LCM[0], SCM[0]], ids=str)
-def test_plain_diffusion_loss_of_other_models_is_refused(case):
+def test_plain_diffusion_loss_of_other_models_is_refused():
     with pytest.raises(UserError, match="has no plain diffusion loss here: pass another --loss"):
-        diffusion_inputs(case.schedule(), *randn(2, 3), torch.tensor([1, 2, 3]))
+        diffusion_inputs(SCM[0].schedule(), *randn(2, 3), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("shift", [{"shift": 3.0}, {"use_dynamic_shifting": True}], ids=str)
+def test_flow_matching_trains_at_shifted_levels_and_predicts_the_velocity(shift):
+    """s of s / (s + (1 - s) / k): the static shift k, or the dynamic one, k = exp(mu)."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**shift)
+    schedule, factor = make_schedule(scheduler, 4, stochastic=False, mu=1.5), shift.get("shift", math.exp(1.5))
+    clean, noise = randn(2, 3, seed=5)
+    at = torch.tensor([0, 499, 999])
+    inputs = diffusion_inputs(schedule, clean, noise, at)
+    level = (at + 1) / 1000
+    level = (factor * level / (1 + (factor - 1) * level))[:, None, None, None]
+    assert torch.allclose(inputs.timesteps, 1000 * level.flatten(), rtol=1e-5)
+    assert torch.allclose(inputs.model_input, (1 - level) * clean + level * noise, atol=1e-5)
+    assert torch.equal(inputs.target, noise - clean)
+
+
+def test_the_velocity_weighting_is_flow_matchings_alone():
+    schedule = make_schedule(FlowMatchEulerDiscreteScheduler(shift=3.0), 4, stochastic=False)
+    weights = forward_weights(schedule, "velocity")
+    steps, (clean, noise, output) = schedule.at(torch.arange(4)), randn(3, 4, seed=6)
+    predicted = predict(steps, output, add_noise(steps, clean, noise))[0]
+    error = ((noise - clean - output) ** 2).flatten(1).mean(1)  # of the velocity itself
+    assert torch.allclose(weights * ((clean - predicted) ** 2).flatten(1).mean(1), error, rtol=1e-4)
+    with pytest.raises(UserError, match="is for flow matching, and LCMScheduler is none"):
+        forward_weights(Case(LCMScheduler).schedule(), "velocity")
 
 
 def test_clipping_leaves_the_predicted_noise_as_it_was():

@@ -263,7 +263,7 @@ def test_training_tells_targets_from_references(flags, changes):
 def test_the_default_weighting_suits_the_schedule_and_the_other_defaults_the_weighting(flags, task, changes, expected):
     args = train_pso_lora_sdxl.parse_args(flags(task, **changes))
     info = models.check_model(args)
-    schedule = models.training_schedule(args, info.family, info.scheduler, stochastic=False)
+    schedule = models.training_schedule(args, info, stochastic=False)
     train_pso_lora_sdxl.set_loss_defaults(args, schedule)
     assert {flag: getattr(args, flag) for flag in expected} == expected
 

@@ -20,8 +20,7 @@ from pso_utils.families import Deployment
 from pso_utils.families.loading import ModelInfo, empty_parts
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments
-from pso_utils.run.models import MODEL_FLAGS, MODEL_SOURCES, check_model, model_source
-from pso_utils.schedules import make_schedule
+from pso_utils.run.models import MODEL_FLAGS, MODEL_SOURCES, check_model, make_deployment, model_source
 from pso_utils.sources import check_exists
 
 
@@ -174,12 +173,11 @@ def read_prompts(args: argparse.Namespace) -> tuple[list[str], Table | None]:
 
 
 def make_settings(args: argparse.Namespace, info: ModelInfo) -> list[Setting]:
-    settings, size = [], (args.resolution, args.resolution)
+    settings = []
     for steps in [None] if args.timesteps else sorted(set(args.num_inference_steps)):
-        own = info.family.schedule_arguments(info.scheduler, steps, *size) if steps else {}
-        schedule = make_schedule(info.scheduler, steps, args.timesteps, eta=args.eta, stochastic=False, **own)
         label = str(steps) if steps else "-".join(map(str, args.timesteps))
-        settings.append(Setting(label, schedule.num_steps, Deployment(steps, args.timesteps, schedule.eta, *size)))
+        deployment = make_deployment(args, info, steps, args.timesteps, eta=args.eta)
+        settings.append(Setting(label, steps or len(args.timesteps), deployment))
     return settings
 
 

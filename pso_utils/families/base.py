@@ -1,10 +1,25 @@
 """The adapter between the training code and a family of pipelines.
 
 What is trained and compared goes through a `Family`: latents are [B, C, h, w] float32 everywhere outside an adapter,
-and no script or loss knows what a conditioning holds. A new family is a subclass in a file of its own, named in
-`pso_utils.families.FAMILIES`; it overrides what its pipeline does differently, and nothing else changes.
+and no script or loss knows what a conditioning holds.
+
+To add a family, write a subclass in a file of its own and name it in `pso_utils.families.FAMILIES`, by the class that
+its pipelines' model_index.json states. It sets the class attributes below and defines
+
+- `encode_prompts`: what the pipeline's own `encode_prompt` makes of each prompt, one `Conditioning` each. Where prompts
+  are ragged, with a `prompt_mask` of ones: a batch is padded with zeros at the end of the first dimension, the mask
+  too.
+- `predict`: the model call of the pipeline's denoising loop, with its dtypes and order of operations, from float32
+  latents [B, C, h, w] and timesteps [B] to the output that the scheduler is given, [B, C, h, w].
+- `pipeline_inputs`: a batch as the pipeline's call takes it, for what is drawn as it is deployed.
+
+and, where the pipeline differs: `schedule_arguments` (what it passes to `set_timesteps`), `call_arguments`, `collate`,
+`latent_shape` and `unpack` (where the loop's latents are packed), `encode_images` and `decode_latents` (where the VAE's
+class is not in `families/vae.py`). tests/families/cases holds what its tests need: a tiny pipeline with random weights,
+on which tests/families/test_every_family.py holds the adapter against diffusers itself.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,11 +28,12 @@ from typing import ClassVar, NamedTuple
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from diffusers.training_utils import free_memory, offload_models
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
@@ -55,19 +71,29 @@ class Conditioning(dict[str, Tensor]):
 
     @staticmethod
     def stack(conditionings: Sequence["Conditioning"]) -> "Conditioning":
-        """Those of single prompts, all of one shape, as a batch."""
-        return Conditioning({name: torch.stack([row[name] for row in conditionings]) for name in conditionings[0]})
+        """Those of single prompts as a batch; tensors of unlike lengths are padded with zeros at the end."""
+        return Conditioning(
+            {name: pad_sequence([row[name] for row in conditionings], batch_first=True) for name in conditionings[0]}
+        )
 
 
 class Deployment(NamedTuple):
-    """How images are drawn with the result: `num_inference_steps` or `timesteps`, `eta` (None where the scheduler takes
-    none), and the images' size in pixels."""
+    """How images are drawn with the result: `num_inference_steps` or `timesteps`, `eta` (None where the pipeline hands
+    none to its scheduler), and the images' size in pixels."""
 
     num_inference_steps: int | None
     timesteps: Sequence[int] | None
     eta: float | None
     height: int
     width: int
+
+
+class GuidanceScales(NamedTuple):
+    """What a pipeline's `guidance_scale` means."""
+
+    off: float  # what it is called with unless told otherwise, without classifier-free guidance
+    most: float  # above this it is classifier-free guidance
+    embedded: float | None = None  # the default of models that take the scale as an input
 
 
 @contextmanager
@@ -91,6 +117,7 @@ class Family(ABC):
         pipeline: of the class `pipeline_class`, in evaluation mode, without LoRA.
         device: where the model runs. The denoiser is moved there by who prepares it.
         guidance_scale: embedded guidance, an input of the model; None: the family's default.
+        max_sequence_length: tokens of a prompt, for pipelines that take it; None: the family's default.
         offload: whether text encoders and VAE are on the CPU except where they are used.
         vae_batch_size: images that the VAE takes at once.
 
@@ -101,10 +128,19 @@ class Family(ABC):
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     denoiser_class: ClassVar[type[ModelMixin]]
     denoiser_name: ClassVar[str]  # of the pipeline's part that is trained: "unet" or "transformer"
+    vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
+    unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
+    guidance_scales: ClassVar[GuidanceScales]
+    max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
+    longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
+    card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
     lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
+    upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
+    has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
+    batch_norm_eps: ClassVar[float | None] = None  # of AutoencoderKLFlux2's latents; None: its configuration's
 
     def __init__(
         self,
@@ -112,6 +148,7 @@ class Family(ABC):
         *,
         device: str | torch.device = "cpu",
         guidance_scale: float | None = None,
+        max_sequence_length: int | None = None,
         offload: bool = False,
         vae_batch_size: int = 4,
     ):
@@ -119,22 +156,43 @@ class Family(ABC):
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self.device = torch.device(device)
         self.guidance_scale = self.checked_guidance(self.denoiser.config, guidance_scale)
+        if max_sequence_length is not None:
+            self.max_sequence_length = max_sequence_length
         self.offload_text_encoders = self.offload_vae = offload
         self.vae_batch_size = vae_batch_size
         self.lora_layers: list = []
         self.origin: dict = {}
         self._loaded_parts: ExitStack | None = None
+        self._drawer = _without_text_encoders(pipeline)
 
     # ---- What the configuration files alone tell ----
 
     @classmethod
-    @abstractmethod
+    def check_pipeline(cls, model_index: dict) -> None:
+        """Raises UserError where model_index.json tells that the pipeline is none that can be tuned here."""
+        return
+
+    @classmethod
+    def embeds_guidance(cls, denoiser_config: dict) -> bool:
+        """Whether the guidance scale is an input of the model."""
+        return False
+
+    @classmethod
     def checked_guidance(cls, denoiser_config: dict, guidance_scale: float | None) -> float:
-        """The embedded guidance in force.
+        """The guidance scale in force.
 
         Raises:
             UserError: `guidance_scale` asks for classifier-free guidance, under which a sample's density is unknown.
         """
+        scales = cls.guidance_scales
+        if cls.embeds_guidance(denoiser_config):
+            return scales.embedded if guidance_scale is None else guidance_scale
+        if guidance_scale is not None and guidance_scale > scales.most:
+            raise UserError(
+                f"--guidance_scale {guidance_scale}: the model takes no guidance embedding, and PSO tunes without"
+                " classifier-free guidance: drop the flag"
+            )
+        return scales.off if guidance_scale is None else guidance_scale
 
     @classmethod
     @abstractmethod
@@ -159,12 +217,15 @@ class Family(ABC):
 
     # ---- Shapes and schedules ----
 
-    @abstractmethod
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of this size, in pixels."""
+        factor = self.pipeline.vae_scale_factor
+        return self.denoiser.config.in_channels, height // factor, width // factor
 
     @classmethod
-    def schedule_arguments(cls, scheduler: SchedulerMixin, num_inference_steps: int, height: int, width: int) -> dict:
+    def schedule_arguments(
+        cls, scheduler: SchedulerMixin, num_inference_steps: int, *, vae_config: dict, height: int, width: int
+    ) -> dict:
         """What the pipeline passes to its scheduler's `set_timesteps` beside the number of steps, for images of this
         size, in pixels: sigmas, mu."""
         return {}
@@ -175,7 +236,6 @@ class Family(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
 
-    @abstractmethod
     def collate(
         self,
         conditionings: Sequence[Conditioning],
@@ -192,15 +252,40 @@ class Family(ABC):
                 families that are conditioned on it; None: as drawn.
             crop_top_lefts: [B, 2], where its crop starts after that.
         """
+        return Conditioning.stack(conditionings).to(self.device)
 
     @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The model's output [B, C, h, w], float32, in its scheduler's convention, for scaled latents [B, C, h, w] at
         `timesteps` [B]."""
 
+    # ---- The plain pipeline ----
+
     @abstractmethod
+    def pipeline_inputs(self, conditioning: Conditioning) -> dict:
+        """A batch as the pipeline's call takes it in place of prompts."""
+
+    def call_arguments(self, deployment: Deployment) -> dict:
+        """What the pipeline is called with at `deployment` beside prompts and generators: the model card's call."""
+        if deployment.timesteps:
+            arguments = {"timesteps": list(deployment.timesteps)}
+        else:
+            arguments = {"num_inference_steps": deployment.num_inference_steps}
+        arguments["guidance_scale"] = self.guidance_scale
+        if deployment.eta is not None:
+            arguments["eta"] = deployment.eta
+        return arguments | {"height": deployment.height, "width": deployment.width}
+
+    def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:
+        """Latents [B, C, h, w] of what the pipeline gives for `output_type="latent"`."""
+        return latents
+
+    @torch.no_grad()
     def generate(self, conditioning: Conditioning, generators: list[torch.Generator], deployment: Deployment) -> Tensor:
         """Latents [B, C, h, w], float32, that the plain pipeline draws for a batch, image i from `generators[i]`."""
+        inputs = self.pipeline_inputs(conditioning) | self.call_arguments(deployment)
+        latents = self._drawer(**inputs, generator=generators, output_type="latent").images
+        return self.unpack(latents, deployment).float()
 
     def draw_latents(
         self, conditioning: Conditioning, seeds: Sequence[int], *, deployment: Deployment, batch_size: int
@@ -225,7 +310,8 @@ class Family(ABC):
             UserError: a latent is not finite.
         """
         with self._use(self.pipeline.vae, offload=self.offload_vae):
-            return vae.encode(self.pipeline.vae, pixels, batch_size=self.vae_batch_size).to(self.device)
+            settings = {"batch_size": self.vae_batch_size, "batch_norm_eps": self.batch_norm_eps}
+            return vae.encode(self.pipeline.vae, pixels, **settings).to(self.device)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
@@ -236,7 +322,8 @@ class Family(ABC):
         """
         images = []
         with self._use(self.pipeline.vae, offload=self.offload_vae):
-            for pixels in vae.decode(self.pipeline.vae, latents, batch_size=self.vae_batch_size):
+            settings = {"batch_size": self.vae_batch_size, "batch_norm_eps": self.batch_norm_eps}
+            for pixels in vae.decode(self.pipeline.vae, latents, **settings):
                 images += self.pipeline.image_processor.postprocess(pixels, output_type="pil")
         return images
 
@@ -315,3 +402,17 @@ class Family(ABC):
         """The matrices of a LoRA in a folder or hub repository, as `pipeline_class` reads them: each name begins with
         that of its part of the pipeline."""
         return cls.pipeline_class.lora_state_dict(location, weight_name=filename, cache_dir=cache_dir)
+
+
+def _without_text_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline with the same parts, taking embeddings alone: text encoders, which may be offloaded, don't
+    decide where it runs."""
+    parameters = inspect.signature(type(pipeline).__init__).parameters
+    values = {name: value for name, value in pipeline.config.items() if name in parameters}
+    values |= {name: part for name, part in pipeline.components.items() if name in parameters}
+    values |= {name: None for name in parameters if name.startswith(("text_encoder", "tokenizer"))}
+    if "add_watermarker" in parameters:
+        values["add_watermarker"] = False
+    drawer = type(pipeline)(**values)
+    drawer.set_progress_bar_config(disable=True)
+    return drawer

@@ -1,16 +1,17 @@
 """From what the model flags name to a frozen pipeline; first what its configuration files alone tell."""
 
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from safetensors import SafetensorError
 
 from pso_utils.errors import UserError, first_line
-from pso_utils.families import FAMILIES, Family
+from pso_utils.families import Family, find_family
 from pso_utils.schedules import convert_scheduler
 from pso_utils.sources import (
     WEIGHT_SUFFIXES,
@@ -28,11 +29,13 @@ class ModelSource:
 
     Attributes:
         pretrained_model_name_or_path: a hub id or a diffusers folder.
-        vae: of an AutoencoderKL instead of the pipeline's.
+        vae: instead of the pipeline's, of the same class.
         distilled_denoiser: a local file, `repo:file`, or the folder or hub id of a denoiser with its own config, which
             replaces the pipeline's.
-        distillation_lora: a file, a folder, `repo` or `repo:file`, fused into the denoiser.
+        distillation_lora, distillation_lora_scale: a file, a folder, `repo` or `repo:file`, fused into the denoiser
+            with this scale.
         revision, variant: of the pipeline.
+        scheduler_config: values that replace those of the pipeline's own scheduler_config.json.
         scheduler, timestep_spacing, original_inference_steps: as `schedules.convert_scheduler` takes them.
         cache_dir: for what is downloaded.
     """
@@ -41,8 +44,10 @@ class ModelSource:
     vae: str | None = None
     distilled_denoiser: str | None = None
     distillation_lora: str | None = None
+    distillation_lora_scale: float = 1.0
     revision: str | None = None
     variant: str | None = None
+    scheduler_config: dict | None = None
     scheduler: str | None = None
     timestep_spacing: str | None = None
     original_inference_steps: int | None = None
@@ -92,40 +97,46 @@ def read_model_info(source: ModelSource) -> ModelInfo:
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(
             f"--pretrained_model_name_or_path: {base} has no model_index.json; pass the folder of a diffusers pipeline "
-            "(for a denoiser alone use --distilled_unet)"
+            "(for a denoiser alone use --distilled_unet or --distilled_transformer)"
         )
     model_index = read_config(DiffusionPipeline, base, **source.files)
-    family = FAMILIES.get(model_index.get("_class_name"))
-    if family is None:
-        raise UserError(
-            f"--pretrained_model_name_or_path: {base} is a {model_index.get('_class_name')}; pass one of "
-            f"{', '.join(FAMILIES)}"
-        )
+    family = find_family(model_index.get("_class_name"), base)
+    family.check_pipeline(model_index)
     base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
     denoiser_config = _check_distilled_denoiser(source, family, base_config)
     if source.distillation_lora is not None:
         _check_weight_file("--distillation_lora", source.distillation_lora)
 
-    _, scheduler_name = model_index["scheduler"]
-    scheduler_class = getattr(diffusers, scheduler_name, None)
-    if scheduler_class is None:
-        raise UserError(
-            f"{base}: this diffusers has no scheduler {scheduler_name}; upgrade it, or pass another pipeline"
-        )
-    scheduler = scheduler_class.from_config(read_config(scheduler_class, base, "scheduler", **source.files))
+    scheduler = _read_scheduler(source, model_index)
     scheduler = _converted(source, family, denoiser_config, scheduler)
-    return ModelInfo(family, denoiser_config, _read_vae_config(source), scheduler)
+    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler)
 
 
-def _read_vae_config(source: ModelSource) -> dict:
+def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
+    """The pipeline's own, with the source's `scheduler_config`."""
+    base, (_, name) = source.pretrained_model_name_or_path, model_index["scheduler"]
+    scheduler_class = getattr(diffusers, name, None)
+    if scheduler_class is None:
+        raise UserError(f"{base}: this diffusers has no scheduler {name}; upgrade it, or pass another pipeline")
+    config, own = read_config(scheduler_class, base, "scheduler", **source.files), source.scheduler_config or {}
+    if own.get("_class_name", name) != name:
+        raise UserError(f"--scheduler_config is a {own['_class_name']}'s, the pipeline has a {name}: see --scheduler")
+    unknown = sorted(key for key in own if not key.startswith("_") and key not in signature(scheduler_class).parameters)
+    if unknown:
+        raise UserError(f"--scheduler_config: {name} has no {unknown[0]}; pass what it takes, as JSON")
+    return scheduler_class.from_config({**config, **own})
+
+
+def _read_vae_config(source: ModelSource, family: type[Family]) -> dict:
     if source.vae is None:
-        return read_config(AutoencoderKL, source.pretrained_model_name_or_path, "vae", **source.files)
+        return read_config(family.vae_class, source.pretrained_model_name_or_path, "vae", **source.files)
     check_exists(source.vae, "--pretrained_vae_model_name_or_path")
     if Path(source.vae).exists() and not Path(source.vae, "config.json").is_file():
         raise UserError(
-            f"--pretrained_vae_model_name_or_path: {source.vae} has no config.json; pass an AutoencoderKL's folder"
+            f"--pretrained_vae_model_name_or_path: {source.vae} has no config.json; pass an "
+            f"{family.vae_class.__name__}'s folder"
         )
-    return read_config(AutoencoderKL, source.vae, cache_dir=source.cache_dir)
+    return read_config(family.vae_class, source.vae, cache_dir=source.cache_dir)
 
 
 def _converted(source: ModelSource, family: type[Family], denoiser_config: dict, scheduler: SchedulerMixin):
@@ -158,7 +169,7 @@ def _check_weight_file(flag: str, name: str) -> Path | None:
 
 def _check_distilled_denoiser(source: ModelSource, family: type[Family], base_config: dict) -> dict:
     """The configuration of the denoiser that is trained."""
-    name, flag = source.distilled_denoiser, "--distilled_unet"
+    name, flag = source.distilled_denoiser, f"--distilled_{family.denoiser_name}"
     if name is None:
         return base_config
     location, filename = split_source(name)
@@ -229,18 +240,22 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
     """Loads the pipeline, frozen, in evaluation mode, on the CPU, with the parts and the scheduler that `source` names.
 
     Denoiser and text encoders are in `weight_dtype` whatever they are stored in; the VAE too, except where its config
-    says `force_upcast`: then it is float32.
+    says `force_upcast` and the family's pipeline heeds it: then it is float32.
 
     Raises:
         UserError: a part cannot be loaded, or does not fit the base model.
     """
-    info, parts = read_model_info(source), {}
-    vae_dtype = torch.float32 if info.vae_config.get("force_upcast", True) else weight_dtype
+    info = read_model_info(source)
+    parts = dict.fromkeys(info.family.unused_parts)
+    is_upcast = info.family.upcasts_vae and info.vae_config.get("force_upcast", True)
+    vae_dtype = torch.float32 if is_upcast else weight_dtype
     try:
         if source.distilled_denoiser is not None:
             parts[info.family.denoiser_name] = _load_distilled_denoiser(source, info, weight_dtype)
         if source.vae is not None:
-            parts["vae"] = AutoencoderKL.from_pretrained(source.vae, dtype=vae_dtype, cache_dir=source.cache_dir)
+            parts["vae"] = info.family.vae_class.from_pretrained(
+                source.vae, dtype=vae_dtype, cache_dir=source.cache_dir
+            )
         pipeline = info.family.pipeline_class.from_pretrained(
             source.pretrained_model_name_or_path,
             **parts,
@@ -288,7 +303,7 @@ def _fuse_distillation_lora(pipeline: DiffusionPipeline, part: str, source: Mode
         )
         if "distillation" not in getattr(getattr(pipeline, part), "peft_config", {}):
             raise ValueError("it has no weights for this denoiser")
-        pipeline.fuse_lora(components=[part], safe_fusing=True)
+        pipeline.fuse_lora(components=[part], lora_scale=source.distillation_lora_scale, safe_fusing=True)
     except Exception as error:  # of the hub, the network, the file's format, the shapes: each library has its own
         raise UserError(
             f"--distillation_lora: {source.distillation_lora} does not load into the base model ({first_line(error)});"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pso_utils.errors import UserError
-from pso_utils.families.base import Conditioning, Deployment, Family, quiet_libraries
+from pso_utils.families.base import Conditioning, Family, GuidanceScales, quiet_libraries
 
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,9 @@ class SDXL(Family):
         "text_encoder": (CLIPTextModel, CLIPTextConfig),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig),
     }
+    guidance_scales = GuidanceScales(off=0.0, most=1.0, embedded=8.0)  # 8.0: what SDXL-LCM's model card uses
     card_tags = ["stable-diffusion-xl"]
+    card_dtype = "float16"
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = (
         "in_channels",
@@ -35,6 +37,8 @@ class SDXL(Family):
         "addition_time_embed_dim",
         "projection_class_embeddings_input_dim",
     )
+    upcasts_vae = True
+    has_kohya_format = True
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, **settings):
         super().__init__(pipeline, **settings)
@@ -45,30 +49,13 @@ class SDXL(Family):
                 f"{config.addition_embed_type} embeddings, its VAE makes {channels} channels; pass parts that belong "
                 "together"
             )
-        # Takes prompt embeddings alone: text encoders, which may be offloaded, don't decide where it runs.
-        self._drawer = StableDiffusionXLPipeline(
-            vae=pipeline.vae,
-            text_encoder=None,
-            text_encoder_2=None,
-            tokenizer=None,
-            tokenizer_2=None,
-            unet=self.denoiser,
-            scheduler=pipeline.scheduler,
-            add_watermarker=False,
-        )
-        self._drawer.set_progress_bar_config(disable=True)
+        if pipeline.vae.config.force_upcast:
+            pipeline.vae.to(torch.float32)
         self._warned_of_long_prompts = False
 
     @classmethod
-    def checked_guidance(cls, denoiser_config: dict, guidance_scale: float | None) -> float:
-        if denoiser_config.get("time_cond_proj_dim") is not None:
-            return 8.0 if guidance_scale is None else guidance_scale  # what SDXL-LCM's model card uses
-        if (guidance_scale or 0.0) > 1:
-            raise UserError(
-                f"--guidance_scale {guidance_scale}: the model takes no guidance embedding (time_cond_proj_dim), and"
-                " PSO tunes without classifier-free guidance: drop the flag"
-            )
-        return guidance_scale or 0.0
+    def embeds_guidance(cls, denoiser_config: dict) -> bool:
+        return denoiser_config.get("time_cond_proj_dim") is not None
 
     @classmethod
     def size_multiple(cls, vae_config: dict) -> int:
@@ -77,11 +64,7 @@ class SDXL(Family):
     @classmethod
     def original_inference_steps(cls, denoiser_config: dict) -> int | None:
         # a guidance embedding is the mark of LCM's own models, which were distilled on the 50-step grid
-        return None if denoiser_config.get("time_cond_proj_dim") is None else 50
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        factor = self.pipeline.vae_scale_factor
-        return self.denoiser.config.in_channels, height // factor, width // factor
+        return 50 if cls.embeds_guidance(denoiser_config) else None
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -140,21 +123,8 @@ class SDXL(Family):
         )[0]
         return model_output.float()
 
-    @torch.no_grad()
-    def generate(self, conditioning: Conditioning, generators: list[torch.Generator], deployment: Deployment) -> Tensor:
-        latents = self._drawer(
-            prompt_embeds=conditioning["prompt_embeds"],
-            pooled_prompt_embeds=conditioning["pooled_prompt_embeds"],
-            generator=generators,
-            guidance_scale=self.guidance_scale,
-            num_inference_steps=deployment.num_inference_steps,
-            timesteps=deployment.timesteps,
-            eta=deployment.eta or 0.0,
-            height=deployment.height,
-            width=deployment.width,
-            output_type="latent",
-        ).images
-        return latents.float()
+    def pipeline_inputs(self, conditioning: Conditioning) -> dict:
+        return {name: conditioning[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
 
     @classmethod
     def read_lora(

@@ -9,16 +9,19 @@ data set has hundreds of thousands of pairs; --seed (0, not none), since a run i
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 from pathlib import Path
 
 from pso_utils.errors import UserError
+from pso_utils.families.quantize import QUANTIZATIONS
 from pso_utils.rewards import COMBINATIONS
 from pso_utils.run.accelerator import REWARD_DTYPES
 from pso_utils.schedules import SCHEDULERS
 
 
+DEFAULT_RANK = 16  # of a new LoRA
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
@@ -63,6 +66,17 @@ def bounded(kind, low, *, low_included=True, high=None, high_included=True):
     return convert
 
 
+def json_object(text: str) -> dict:
+    """An argparse type: a JSON object, or a file with one."""
+    try:
+        value = json.loads(text if text.lstrip().startswith("{") else Path(text).expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"is neither a JSON object nor a file with one: {text[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {text[:80]!r}")
+    return value
+
+
 positive_int = bounded(int, 1)
 non_negative_int = bounded(int, 0)
 positive_float = bounded(float, 0, low_included=False)
@@ -75,14 +89,19 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     add("--pretrained_vae_model_name_or_path", help="VAE to use instead of the pipeline's: a hub id or a folder.")
     add("--distilled_unet", help="Whole distilled denoiser to use instead of the pipeline's: a local file, `repo:file` "
         "(.safetensors, or .bin read with weights_only), or a diffusers folder with its own config.")  # fmt: skip
+    add("--distilled_transformer", help="The same for families whose denoiser is a transformer.")
     add("--distillation_lora", help="Distillation LoRA to fuse before the trained LoRA is added: a local file or "
-        "`repo:file` (LCM-LoRA, Hyper-SD, TCD).")  # fmt: skip
+        "`repo:file` (LCM-LoRA, Hyper-SD, TCD, Qwen-Image-Lightning).")  # fmt: skip
+    add("--distillation_lora_scale", type=positive_float, help="What it is fused with. Default: 1.")
+    add("--max_sequence_length", type=positive_int, help="Tokens of a prompt. Default: as the family is deployed.")
     add("--revision", help="Revision of the pipeline on the hub.")
     add("--variant", help="Variant of the pipeline's files, such as fp16.")
     add("--cache_dir", help="Folder for what is downloaded.")
     add("--resolution", type=positive_int, default=1024, help="Height and width of the images, in pixels.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Precision of the frozen weights and the "
         "autocast; the trained LoRA, transitions and stored latents are float32. Default: accelerate's.")  # fmt: skip
+    add("--quantize", choices=QUANTIZATIONS, help="Hold the linear layers of the frozen denoiser's blocks in 4 (nf4) "
+        "or 8 bits (int8), by bitsandbytes.")  # fmt: skip
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere GPUs and later.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: slower, in less memory.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
@@ -94,6 +113,8 @@ def add_model_arguments(parser: argparse.ArgumentParser):
 
 def add_schedule_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("schedule").add_argument
+    add("--scheduler_config", type=json_object, metavar="FILE|JSON", help="Values that replace those of the pipeline's "
+        "scheduler_config.json: a JSON object, or a file with one.")  # fmt: skip
     add("--scheduler", choices=SCHEDULERS, help="Convert the pipeline's scheduler: trailing, no clip_sample, 1000 "
         "original steps. Default: the pipeline's own.")  # fmt: skip
     add("--timestep_spacing", choices=["trailing", "leading", "linspace"], help="Override the scheduler's spacing.")
@@ -103,9 +124,10 @@ def add_schedule_arguments(parser: argparse.ArgumentParser):
     add("--num_inference_steps", type=positive_int, default=4, help="Steps of the distilled schedule.")
     add("--timesteps", type=non_negative_int, nargs="+", help="The schedule's timesteps themselves, instead of "
         "--num_inference_steps (LCM, TCD and Euler only).")  # fmt: skip
-    add("--eta", type=non_negative_float, help="Stochasticity of DDIM (default 1.0) and TCD (default 0.3).")
-    add("--guidance_scale", type=non_negative_float, help="Guidance embedding of models that take one "
-        "(time_cond_proj_dim, such as SDXL-LCM's; default 8.0). Others are tuned without guidance (0.0).")  # fmt: skip
+    add("--eta", type=non_negative_float, help="Stochasticity of DDIM (default 1.0), TCD (default 0.3) and of flow "
+        "matching's transitions (default 1.0), whose deployment is the scheduler's own.")  # fmt: skip
+    add("--guidance_scale", type=non_negative_float, help="Guidance embedding of models that take one (SDXL-LCM: "
+        "default 8.0; FLUX.1-dev: 3.5; SANA-Sprint: 4.5). Others are tuned without guidance.")  # fmt: skip
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser):
@@ -146,7 +168,9 @@ def add_online_reward_arguments(group):
 
 def add_lora_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=positive_int, default=16, help="Rank of the LoRA matrices.")
+    add("--lora_path", help="A LoRA of one's own to go on from, with its rank, alpha and layers: a folder, a file, a "
+        "hub id or `repo:file`. Default: a new one.")  # fmt: skip
+    add("--rank", type=positive_int, help=f"Rank of the LoRA matrices. Default: {DEFAULT_RANK}.")
     add("--lora_alpha", type=positive_float, help="Scale of the LoRA, as alpha / rank. Default: the rank.")
     add("--lora_target_modules", nargs="+", help="Names of the denoiser's layers that get LoRA. Default: the family's, "
         "for SDXL to_q to_k to_v to_out.0.")  # fmt: skip
@@ -216,7 +240,10 @@ def check_packages(args: argparse.Namespace) -> None:
             " login`, and drop it"
         )
     needed = {
-        "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
+        "bitsandbytes": (
+            f"--quantize {args.quantize}" if args.quantize else "--use_8bit_adam",
+            args.quantize or args.use_8bit_adam,
+        ),
         "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
         args.report_to: (f"--report_to {args.report_to}", args.report_to != "none"),
     }
@@ -231,6 +258,8 @@ def check_idle_flags(args: argparse.Namespace) -> None:
         for flag in ("reward_model", "reward_dtype"):
             if getattr(args, flag):
                 raise UserError(f"--{flag} does nothing without --reward: pass that too, or drop it")
+    if args.distillation_lora_scale and not args.distillation_lora:
+        raise UserError("--distillation_lora_scale does nothing without --distillation_lora: pass that too, or drop it")
     if args.hub_model_id and not args.push_to_hub:
         raise UserError("--hub_model_id does nothing without --push_to_hub: pass that too, or drop it")
     if args.validation_timesteps and args.validation_num_inference_steps:

@@ -27,19 +27,11 @@ def scheduler_code(scheduler: SchedulerMixin) -> str:
 
 
 def usage_snippet(
-    source: ModelSource,
-    family: type[Family],
-    scheduler: SchedulerMixin,
-    deployment: Deployment,
-    *,
-    guidance_scale: float,
-    lora: str,
-    prompt: str,
-    is_public: bool = False,
+    source: ModelSource, family: Family, deployment: Deployment, *, lora: str, prompt: str, is_public: bool = False
 ) -> str:
-    """Python that loads the base model, what was put into it before training, the scheduler of the deployment and the
-    LoRA, and draws one image (`image`, by `pipe`) as training's validation does. With `is_public`, of what is local
-    only the names."""
+    """Python that loads the base model, what was put into it before training, the pipeline's scheduler and the LoRA,
+    and draws one image (`image`, by `pipe`) as training's validation does. With `is_public`, of what is local only the
+    names."""
     local = []  # whose paths the reader must fill in
 
     def shown(location: str, filename: str | None = None) -> str:
@@ -52,11 +44,12 @@ def usage_snippet(
         return local[-1]
 
     pipeline_class, part = family.pipeline_class.__name__, family.denoiser_name
-    imports = {"diffusers": {type(scheduler).__name__, pipeline_class}}
+    imports = {"diffusers": {pipeline_class}}
     parts, before, after = [], [], []
     if source.vae is not None:
-        imports["diffusers"].add("AutoencoderKL")
-        before.append(f"vae = AutoencoderKL.from_pretrained({shown(source.vae)!r}, dtype=dtype)")
+        vae_class = family.vae_class.__name__
+        imports["diffusers"].add(vae_class)
+        before.append(f"vae = {vae_class}.from_pretrained({shown(source.vae)!r}, dtype=dtype)")
         parts.append("vae=vae")
     if source.distilled_denoiser is not None:
         location, filename = split_source(source.distilled_denoiser)
@@ -83,31 +76,29 @@ def usage_snippet(
             location, filename = shown(location, filename), None
         else:
             location = shown(location)
+        scale = "" if source.distillation_lora_scale == 1 else f", lora_scale={source.distillation_lora_scale}"
         weight_name = "" if filename is None else f", weight_name={filename!r}"
         after += [
             f"pipe.load_lora_weights({location!r}{weight_name})",
-            f'pipe.fuse_lora(components=["{part}"])',
+            f'pipe.fuse_lora(components=["{part}"]{scale})',
             "pipe.unload_lora_weights()",
         ]
     if source.revision is not None:
         parts.append(f"revision={source.revision!r}")
     if source.variant is not None:
         parts.append(f"variant={source.variant!r}")
-    if deployment.timesteps:
-        call = [f"timesteps={list(deployment.timesteps)}"]
-    else:
-        call = [f"num_inference_steps={deployment.num_inference_steps}"]
-    call.append(f"guidance_scale={guidance_scale}")
-    if deployment.eta is not None:
-        call.append(f"eta={deployment.eta}")
-    call += [f"height={deployment.height}", f"width={deployment.width}", "generator=torch.Generator().manual_seed(0)"]
+    parts += [f"{name}=None" for name in family.unused_parts]
+    scheduler = family.pipeline.scheduler
+    imports["diffusers"].add(type(scheduler).__name__)
+    call = [f"prompt={prompt!r}", *(f"{name}={value!r}" for name, value in family.call_arguments(deployment).items())]
+    call.append("generator=torch.Generator().manual_seed(0)")
     base = repr(shown(source.pretrained_model_name_or_path))
     lines = [
         *([f"# {', '.join(local)}: the trainer's own, replace by your path"] if local else []),
         "import torch",
         *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
         "",
-        'device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)',
+        f'device, dtype = ("cuda", torch.{family.card_dtype}) if torch.cuda.is_available() else ("cpu", torch.float32)',
         *before,
         f"pipe = {pipeline_class}.from_pretrained({', '.join([base, *parts, 'dtype=dtype'])})",
         *after,
@@ -115,7 +106,7 @@ def usage_snippet(
         f"pipe.load_lora_weights({lora!r})",
         "pipe.to(device)",
         "image = pipe(",
-        *(f"    {argument}," for argument in [repr(prompt), *call]),
+        *(f"    {argument}," for argument in call),
         ").images[0]",
     ]
     return "\n".join(lines)
@@ -144,16 +135,7 @@ def save_model_card(
     source = model_source(args)
     base_model, lora = source.pretrained_model_name_or_path, hub_model_id or str(args.output_dir)
     on_hub = not Path(base_model).expanduser().exists()
-    snippet = usage_snippet(
-        source,
-        type(family),
-        family.pipeline.scheduler,
-        deployment,
-        guidance_scale=family.guidance_scale,
-        lora=lora,
-        prompt=prompt,
-        is_public=hub_model_id is not None,
-    )
+    snippet = usage_snippet(source, family, deployment, lora=lora, prompt=prompt, is_public=hub_model_id is not None)
     if hub_model_id is not None and not on_hub:
         base_model = Path(base_model).expanduser().resolve().name
     data = ModelCardData(

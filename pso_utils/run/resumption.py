@@ -29,8 +29,9 @@ LENGTH = ("max_train_steps", "num_train_epochs")  # may differ while the learnin
 CONSTANT_RATES = ("constant", "constant_with_warmup")
 
 # Files and folders, which may have moved.
-PATHS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet", "distillation_lora",
-         "prompts", "dataset_name", "train_data_dir", "instance_data_dir")  # fmt: skip
+PATHS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
+         "distilled_transformer", "distillation_lora", "lora_path", "prompts", "dataset_name", "train_data_dir",
+         "instance_data_dir")  # fmt: skip
 
 
 def content_of(path: str | None, *, output_dir: str) -> str | None:

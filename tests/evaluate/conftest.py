@@ -5,7 +5,7 @@ import torch
 from evaluation_runs import PROMPTS, TURBO
 
 from pso_utils.evaluate import drawing
-from pso_utils.families import FAMILIES
+from pso_utils.families import find_family
 from pso_utils.families.loading import ModelSource, load_pipeline
 
 
@@ -16,7 +16,7 @@ def shared(tmp_path_factory) -> Path:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     for name, seed in (("a", 1), ("b", 2)):
         pipeline = load_pipeline(ModelSource(TURBO))
-        family = FAMILIES[type(pipeline).__name__](pipeline)
+        family = find_family(type(pipeline).__name__, TURBO)(pipeline)
         generator = torch.Generator().manual_seed(seed)
         for parameter in family.add_lora(rank=4, seed=0):
             with torch.no_grad():

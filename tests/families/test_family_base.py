@@ -11,7 +11,7 @@ import transformers
 from family_inputs import PROMPTS, SIZE, batch, generators, noise
 
 from pso_utils.errors import UserError
-from pso_utils.families import FAMILIES, Conditioning, Deployment
+from pso_utils.families import Conditioning, Deployment
 from pso_utils.families.base import quiet_libraries
 from pso_utils.families.sdxl import SDXL
 
@@ -46,8 +46,16 @@ def test_a_batch_is_repeated_as_a_whole_or_row_by_row():
 def test_cat_and_stack_undo_rows():
     whole = conditioning()
     assert_equal(Conditioning.cat([whole.rows(slice(0, 1)), whole.rows(slice(1, 3))]), whole)
+    del whole["ids"]  # numbers, which have no length
     singles = [Conditioning({name: tensor[row] for name, tensor in whole.items()}) for row in range(3)]
     assert_equal(Conditioning.stack(singles), whole)
+
+
+def test_stack_pads_what_is_shorter_with_zeros_at_the_end():
+    rows = [Conditioning(embeds=torch.ones(n, 2), mask=torch.ones(n, dtype=torch.bool)) for n in (1, 3)]
+    batch = Conditioning.stack(rows)
+    assert batch["embeds"].tolist() == [[[1, 1], [0, 0], [0, 0]], [[1, 1]] * 3]
+    assert batch["mask"].tolist() == [[True, False, False], [True] * 3]
 
 
 def test_to_moves_and_nbytes_counts_all_tensors():
@@ -79,13 +87,6 @@ def test_a_size_that_the_model_cannot_draw_names_the_next_ones(side, num_blocks,
     for size in ((side, 32), (32, side)):
         with pytest.raises(UserError, match=f"--resolution {side} is {remedy}"):
             SDXL.check_size({"block_out_channels": (16,) * num_blocks}, *size)
-
-
-@pytest.mark.parametrize("family_class", set(FAMILIES.values()))
-def test_a_family_says_what_loading_and_the_lora_need(family_class):
-    assert issubclass(family_class, FAMILIES[family_class.pipeline_class.__name__])
-    assert family_class.denoiser_name in ("unet", "transformer") and family_class.lora_targets
-    assert family_class.conditioning_keys and family_class.text_encoder_classes
 
 
 # ---- Libraries' warnings ----

@@ -257,4 +257,4 @@ def test_parts_that_do_not_belong_together_are_one_clear_error(tiny_pipeline_dir
 def test_family_is_of_the_pipelines_class(family, pipeline):
     assert isinstance(pipeline, StableDiffusionXLPipeline) and family.pipeline_class is StableDiffusionXLPipeline
     assert family.denoiser is pipeline.unet and family.text_encoders == [pipeline.text_encoder, pipeline.text_encoder_2]
-    assert family.schedule_arguments(pipeline.scheduler, 4, 32, 32) == {}
+    assert family.schedule_arguments(pipeline.scheduler, 4, vae_config={}, height=32, width=32) == {}

@@ -101,11 +101,10 @@ def test_the_vae_takes_no_more_images_at_once_than_told(vae, batch_size, sizes):
 def test_force_upcast_runs_the_vae_in_float32(pipeline, dtype):
     latents = draw(pipeline, output_type="latent")
     pipeline.vae.register_to_config(force_upcast=True)
-    family = SDXL(pipeline)
     pipeline.vae.to(dtype)
+    family = SDXL(pipeline)
     family.decode_latents(latents)
     assert pipeline.vae.dtype == torch.float32
-    pipeline.vae.to(dtype)
     family.encode_images(noise(1, 3, 32, 32))
     assert pipeline.vae.dtype == torch.float32
 

@@ -1,0 +1,75 @@
+"""What the families of flow-matching transformers share."""
+
+from typing import ClassVar
+
+import numpy as np
+from diffusers import SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from pso_utils.families.base import Deployment, Family
+
+
+class FlowFamily(Family):
+    """Transformers that take patches of 2 x 2 latents, and whose pipeline gives its scheduler evenly spaced sigmas,
+    which that shifts; where it shifts by resolution, by mu."""
+
+    denoiser_name = "transformer"
+    latents_per_patch: ClassVar[int] = 2  # along a side
+
+    @classmethod
+    def size_multiple(cls, vae_config: dict) -> int:
+        return cls.latents_per_patch * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+    @classmethod
+    def sigmas(cls, num_inference_steps: int) -> list[float]:
+        """The unshifted sigmas, in the pipeline's own arithmetic: others differ in the last bits."""
+        return np.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
+
+    @classmethod
+    def shift(cls, scheduler: SchedulerMixin, num_inference_steps: int, *, num_patches: int) -> float:
+        """mu, for images of so many patches."""
+        config, names = scheduler.config, ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(num_patches, *(config[name] for name in names))
+
+    @classmethod
+    def schedule_arguments(
+        cls, scheduler: SchedulerMixin, num_inference_steps: int, *, vae_config: dict, height: int, width: int
+    ) -> dict:
+        multiple = cls.size_multiple(vae_config)
+        num_patches = (height // multiple) * (width // multiple)
+        mu = cls.shift(scheduler, num_inference_steps, num_patches=num_patches)
+        return {"sigmas": cls.sigmas(num_inference_steps), "mu": mu}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`)."""
+    return to_sequence(pixel_unshuffle(latents, 2))
+
+
+def unpack(sequence: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `pack`, for latents of this height and width."""
+    return pixel_shuffle(from_sequence(sequence, height // 2, width // 2), 2)
+
+
+def to_sequence(latents: Tensor) -> Tensor:
+    """[B, C, h, w] as [B, h w, C]."""
+    return latents.flatten(2).transpose(1, 2)
+
+
+def from_sequence(sequence: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `to_sequence`."""
+    return sequence.transpose(1, 2).unflatten(2, (height, width))
+
+
+class PackedFamily(FlowFamily):
+    """Of these, the ones whose pipeline's loop holds packed latents."""
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        factor = self.pipeline.vae_scale_factor
+        return self.denoiser.config.in_channels // 4, height // factor, width // factor
+
+    def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:
+        _, height, width = self.latent_shape(deployment.height, deployment.width)
+        return unpack(latents, height, width)
