@@ -106,8 +106,9 @@ def one_line_errors(name: str, *, detail: str = "", remedy: str = ""):
     try:
         yield
     except Exception as error:  # datasets raises a dozen unrelated classes for a source that it cannot read
-        if "corresponds to no data" in str(error):
-            raise UserError(f"{name} is empty; pass one that has rows") from error
+        # the second is pyarrow's for a Parquet file of no rows
+        if re.search("corresponds to no data|BatchSize must be greater than 0", f"{error} {reason(error)}"):
+            raise UserError(f"{name} is empty, or has a file that is; pass one that has rows") from error
         raise UserError(f"cannot read {name}{detail}: {reason(error)}{remedy}") from error
 
 
@@ -136,6 +137,10 @@ def check_caption(caption, where: str) -> str:
         caption = caption.decode("utf-8", errors="replace")
     if not isinstance(caption, str):
         raise UserError(f"{where} has a caption that is no string: {caption!r}; pass another --caption_column")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # half of a character that UTF-16 writes as two: JSON can say it, tokenizers cannot
+        raise UserError(f"{where} has a caption with half a character: {caption!r}; mend it") from None
     return caption
 
 

@@ -12,8 +12,8 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.base import quiet_libraries
-from pso_utils.families.lora import lora_matrices
-from pso_utils.sources import WEIGHT_SUFFIXES, check_exists, split_source
+from pso_utils.families.lora import lora_matrices, lora_metadata
+from pso_utils.sources import WEIGHT_SUFFIXES, check_exists, fetch_file, split_source
 
 
 ADAPTER = "evaluated"
@@ -63,6 +63,8 @@ def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cac
     location, filename = split_source(source)
     config, layers, weights = parts[family.denoiser_name].config, {}, {}
     try:
+        if filename is not None and filename.endswith(".safetensors"):
+            lora_metadata(fetch_file(location, filename, cache_dir))
         state_dict = family.read_lora(location, filename, denoiser_config=config, cache_dir=cache_dir)
     except Exception as error:  # of the hub, the network, the file's format: each library has its own
         raise UserError(
@@ -104,8 +106,11 @@ def applied(pipeline: DiffusionPipeline, model: Model, *, cache_dir: str | None 
         yield
         return
     location, filename = split_source(model.lora)
-    with quiet_libraries():  # diffusers warns of every LoRA that leaves the text encoders as they are
-        pipeline.load_lora_weights(location, weight_name=filename, adapter_name=ADAPTER, cache_dir=cache_dir)
+    try:
+        with quiet_libraries():  # diffusers warns of every LoRA that leaves the text encoders as they are
+            pipeline.load_lora_weights(location, weight_name=filename, adapter_name=ADAPTER, cache_dir=cache_dir)
+    except Exception as error:  # of diffusers or peft, of any kind, for metadata that somebody made up
+        raise UserError(f"--lora {model.name}={model.lora} does not load ({first_line(error)})") from error
     pipeline.set_adapters(ADAPTER, model.scale)
     try:
         yield

@@ -142,6 +142,30 @@ def lora_file(source: str, cache_dir: str | None = None) -> str:
     return fetch_file(location, filename or LORA_WEIGHT_NAME_SAFE, cache_dir)
 
 
+def lora_metadata(path: str) -> dict:
+    """What a .safetensors file says of its LoRA beside the matrices: rank, alpha, layers. Empty where it says nothing.
+
+    Raises:
+        UserError: it cannot be read, or claims a rank that none of its matrices has, for which peft would make room.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            sizes = {size for key in file.keys() for size in file.get_slice(key).get_shape()}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no LoRA that can be read ({first_line(error)})") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is no LoRA that can be read (its metadata are no JSON object)")
+    for key, value in metadata.items():
+        ranks = [value] if key.endswith(".r") else []
+        if key.endswith(".rank_pattern") and isinstance(value, dict):
+            ranks = value.values()
+        for rank in ranks:
+            if not isinstance(rank, int) or rank not in sizes:
+                raise UserError(f"{path} claims rank {rank}, which none of its matrices has; pass another file")
+    return metadata
+
+
 def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
     """Rank, alpha and target modules of the LoRA of `part` of the pipeline, from the metadata in its file.
 
@@ -150,10 +174,9 @@ def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
     """
     remedy = "pass one written by this project's scripts, or by diffusers' save_lora_weights with its metadata"
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"--lora_path {path} is no LoRA that can be read ({first_line(error)}): {remedy}") from error
+        settings = lora_metadata(path)
+    except UserError as error:
+        raise UserError(f"--lora_path {error}: {remedy}") from error
     own = {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
     if not own or len(own) < len(settings) or own.get("rank_pattern") or own.get("alpha_pattern"):
         raise UserError(f"--lora_path {path} does not say rank, alpha and layers of one LoRA of the {part}: {remedy}")

@@ -51,8 +51,10 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--shuffle_buffer_size", type=positive_int, help="Records among which a stream is shuffled. Default: "
         f"{SHUFFLE_BUFFER_SIZE}.")  # fmt: skip
     add("--instance_data_dir", help="concept: a folder of images of one thing.")
-    add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
-    add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
+    add("--instance_prompt", type=arguments.prompt, help="concept: their prompt, such as `a photo of sks dog`.")
+    add(
+        "--class_prompt", type=arguments.prompt, help="concept: the prompt of the references, such as `a photo of dog`."
+    )
     add("--num_reference_images", type=positive_int, default=20, help="concept: how many references are drawn.")
     add("--reference_policy", choices=["initial", "current"], default="initial", help="style, concept: references are "
         "drawn with the LoRA off, or with it as trained so far.")  # fmt: skip
