@@ -146,23 +146,24 @@ def lora_metadata(path: str) -> dict:
     """What a .safetensors file says of its LoRA beside the matrices: rank, alpha, layers. Empty where it says nothing.
 
     Raises:
-        UserError: it cannot be read, or claims a rank that none of its matrices has, for which peft would make room.
+        UserError: it cannot be read, or claims a rank above its matrices', for which peft would make room.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-            sizes = {size for key in file.keys() for size in file.get_slice(key).get_shape()}
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no LoRA that can be read ({first_line(error)})") from error
     if not isinstance(metadata, dict):
         raise UserError(f"{path} is no LoRA that can be read (its metadata are no JSON object)")
+    largest = max((min(shape[:2]) for shape in shapes if len(shape) >= 2), default=0)
     for key, value in metadata.items():
         ranks = [value] if key.endswith(".r") else []
         if key.endswith(".rank_pattern") and isinstance(value, dict):
             ranks = value.values()
         for rank in ranks:
-            if not isinstance(rank, int) or rank not in sizes:
-                raise UserError(f"{path} claims rank {rank}, which none of its matrices has; pass another file")
+            if not isinstance(rank, int) or rank > largest:
+                raise UserError(f"{path} claims rank {rank}, its matrices have {largest} at most; pass another file")
     return metadata
 
 
