@@ -31,12 +31,7 @@ from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, one_line_errors
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
-from pso_utils.run.optimizer import (
-    make_optimizer,
-    optimizer_step,
-    reduce_gradients,
-    zero_gradients,
-)
+from pso_utils.run.optimizer import make_optimizer, optimizer_step, reduce_gradients
 from pso_utils.run.result import save_card_and_pictures, save_lora
 from pso_utils.run.validation import Validation
 from pso_utils.schedules import Schedule
@@ -133,8 +128,8 @@ def draw_step_index(keys: list[tuple[int, ...]], *, num_steps: int, num_trained:
 
 
 def score_samples(family: Family, rewards: Rewards, latents: Tensor, prompts: list[str]) -> Tensor:
-    """Scores [R, P, K] of the images that the trajectories [P, K, N + 1, C, h, w] of P prompts end in."""
-    images = family.decode_latents(latents[:, :, -1].flatten(0, 1))
+    """Scores [R, P, K] of the images of the latents [P, K, C, h, w], K of each of P prompts."""
+    images = family.decode_latents(latents.flatten(0, 1))
     scores = rewards(images, [prompt for prompt in prompts for _ in range(latents.shape[1])])
     return scores.unflatten(1, latents.shape[:2])
 
@@ -257,38 +252,38 @@ def run(args):
 
         # Sample
         sampling = bar(total=len(batches) * schedule.num_steps, desc="sampling", leave=False)
-        trajectories = []  # of each batch of P prompts, [P, K, N + 1, C, h, w]
+        # [P, K, N + 1, C, h, w], of the P prompts of this process
+        trajectories = torch.empty(prompts_per_rank, args.samples_per_prompt, *noise_shape, device=accelerator.device)
         for batch in batches:
             samples = [(prompt, k) for prompt in prompt_indices[batch] for k in range(args.samples_per_prompt)]
             noise = keyed_noise([(args.seed, state.epoch, *sample) for sample in samples], noise_shape)
             repeated = conditioning.rows(batch).repeat_interleave(args.samples_per_prompt)
             denoise = partial(family.predict, conditioning=repeated)
             latents = sample_trajectory(schedule, denoise, noise, sampling.update)
-            trajectories.append(latents.unflatten(0, (-1, args.samples_per_prompt)))
+            trajectories[batch] = latents.unflatten(0, (-1, args.samples_per_prompt))
         sampling.close()
 
-        # Score, and keep a pair of each prompt: the rest of its samples is not needed any more
-        kept, rows, scores = [], [], []
+        # Score the images that the trajectories end in
+        scores = []
         with family.parts_loaded(), rewards.loaded():
-            for batch, latents in zip(batches, trajectories):
-                scores.append(score_samples(family, rewards, latents, own_prompts[batch]))  # [R, P, K]
-                selection = select_pairs(scores[-1], rewards.weights, args.reward_combination)
-                row = (~selection.tie).nonzero().flatten()
-                targets, references = latents[row, selection.target[row]], latents[row, selection.reference[row]]
-                kept.append(torch.stack([targets, references], dim=1))
-                rows.append(row + batch.start)
-        del trajectories, latents
+            for batch in batches:
+                scores.append(score_samples(family, rewards, trajectories[batch, :, -1], own_prompts[batch]))
+        scores = torch.cat(scores, dim=1)  # [R, P, K]
 
-        # Pair
-        rows, scores = torch.cat(rows).to(accelerator.device), torch.cat(scores, dim=1).to(accelerator.device)
+        # Pair two samples of each prompt, unless they tie; the others are not needed any more
+        selection = select_pairs(scores, rewards.weights, args.reward_combination)
+        paired = (~selection.tie).nonzero().flatten().to(accelerator.device)  # which of the prompts have a pair
+        sample_index = torch.stack([selection.target, selection.reference], dim=1).to(accelerator.device)
+        latents = trajectories[paired[:, None], sample_index[paired]]
+        del trajectories
         step_index = draw_step_index(
             [(args.seed, state.epoch, prompt_index) for prompt_index in prompt_indices],
             num_steps=schedule.num_steps,
             num_trained=num_trained,
         ).to(accelerator.device)
-        pairs = Pairs(torch.cat(kept), conditioning.rows(rows), step_index[rows])
-        num_pairs = accelerator.gather(torch.tensor([len(rows)], device=accelerator.device)).tolist()  # by rank
-        scores = accelerator.gather(scores.transpose(0, 1).contiguous())
+        pairs = Pairs(latents, conditioning.rows(paired), step_index[paired])
+        num_pairs = accelerator.gather(torch.tensor([len(paired)], device=accelerator.device)).tolist()  # by rank
+        scores = accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))  # [P, R, K], of all
         epoch_metrics = {
             "epoch": state.epoch,
             "ties": epoch_size - sum(num_pairs),
@@ -326,7 +321,7 @@ def run(args):
                         base_log_prob[:, index, column] = pair_log_probs(family, schedule, pairs, index, column)
 
         for minibatch in minibatches:
-            zero_gradients(parameters)
+            optimizer.zero_grad(set_to_none=False)
             sums = dict.fromkeys(ONLINE_METRICS, torch.zeros((), device=accelerator.device))
             count = minibatch.count * num_trained
             for index in microbatches(minibatch, args.train_batch_size):

@@ -21,7 +21,7 @@ on which tests/families/test_every_family.py holds the adapter against diffusers
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar, NamedTuple
 
@@ -43,23 +43,20 @@ class Conditioning(dict[str, Tensor]):
     """What the denoiser takes beside latents and timesteps: tensors by name, of one prompt without a batch dimension,
     or of a batch [B, ...]."""
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning({name: function(tensor) for name, tensor in self.items()})
-
     def rows(self, index: Tensor | slice) -> "Conditioning":
         """The rows `index` of a batch."""
         return Conditioning({name: tensor[index] for name, tensor in self.items()})
 
     def repeat(self, count: int) -> "Conditioning":
         """The whole batch, `count` times."""
-        return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
+        return Conditioning({name: torch.cat([tensor] * count) for name, tensor in self.items()})
 
     def repeat_interleave(self, count: int) -> "Conditioning":
         """Each row `count` times."""
-        return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+        return Conditioning({name: tensor.repeat_interleave(count, dim=0) for name, tensor in self.items()})
 
     def to(self, device: str | torch.device, *, copy: bool = False) -> "Conditioning":
-        return self._map(lambda tensor: tensor.to(device, copy=copy))
+        return Conditioning({name: tensor.to(device, copy=copy) for name, tensor in self.items()})
 
     @property
     def nbytes(self) -> int:
@@ -274,6 +271,8 @@ class Family(ABC):
         arguments["guidance_scale"] = self.guidance_scale
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
         return arguments | {"height": deployment.height, "width": deployment.width}
 
     def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:

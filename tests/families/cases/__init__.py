@@ -8,7 +8,8 @@ A case is a module of this folder, named in CASES, with
 
 and, where it is otherwise than below, `STEPS`, `SIZES`, `unpack(pipeline, latents, height, width)` (latents of the
 pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
-the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts).
+the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the
+trajectory is the plain pipeline's bit for bit), `CALL_AT` (what the call takes besides at a number of steps).
 """
 
 from importlib import import_module
@@ -17,14 +18,16 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image"]
+CASES = ["z_image", "sana_sprint", "ernie_image"]
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
     "STEPS": (2, 4),
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
+    "IS_EXACT": False,
     "FLAGS": {},  # of the scripts, beside model, steps and resolution
+    "CALL_AT": {},
     "unpack": lambda pipeline, latents, height, width: latents,
 }
 
