@@ -299,6 +299,7 @@ class OfflineState(TrainingState):
     """`TrainingState` with the records that are done, and the best validation for early stopping."""
 
     position: int = 0  # records of the epoch that are done
+    num_processes: int = 1  # among which they were dealt out
     num_broken: int = 0  # records that were left out so far for a broken image
     best_reward: float = -math.inf
     best_step: int = -1
@@ -306,6 +307,17 @@ class OfflineState(TrainingState):
     worse_validations: int = 0  # in a row, since the best
     recent_gains: list[list[float]] = field(default_factory=list)  # of targets and references, of the last steps
     was_warned: bool = False  # of repulsion
+
+
+def check_stream_position(source: Table | Stream, state: OfflineState, num_processes: int) -> None:
+    """Raises UserError where a run would go on within an epoch of a stream that was split among other processes: it
+    would have some records again and others never."""
+    if isinstance(source, Stream) and state.position and state.num_processes != num_processes:
+        raise UserError(
+            f"{source.name} --streaming: this epoch was begun by {state.num_processes} processes, and cannot go on with"
+            f" {num_processes}: resume with {state.num_processes}, or drop --resume_from_checkpoint"
+        )
+    state.num_processes = num_processes
 
 
 REPULSION_WINDOW, REPULSION_LIMIT = 20, 0.7  # optimizer steps; demo/README.md has where runs left the data
@@ -410,6 +422,7 @@ def run(args):
         accelerator, family, state, optimizer, lr_scheduler, args=args, max_train_steps=max_train_steps
     )
     checkpoints.load(checkpoint)
+    check_stream_position(source, state, accelerator.num_processes)
     is_resumed = checkpoint is not None
     log = start_logs(accelerator, args, "pso_lora_sdxl", state, resumed=is_resumed)
     if isinstance(source, Table) and source.num_ties:

@@ -41,11 +41,14 @@ from script_runs import (
 
 import train_pso_lora_sdxl
 from pso_utils.data import minibatches
+from pso_utils.data.pairs import load_preference_pairs
+from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.families.sdxl import SDXL
 from pso_utils.losses import denoising_error
 from pso_utils.rewards import Rewards
 from pso_utils.run import models
+from tests.conftest import build_pipeline
 
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -439,7 +442,7 @@ def opened(monkeypatch) -> list[str]:
         events.append("encode prompts")
         return encode_prompts(self, prompts)
 
-    monkeypatch.setattr(Image, "open", lambda *args: (events.append("open"), open_image(*args))[1])
+    monkeypatch.setattr(Image, "open", lambda *args, **kw: (events.append("open"), open_image(*args, **kw))[1])
     monkeypatch.setattr(Family, "encode_images", encode)
     monkeypatch.setattr(SDXL, "encode_prompts", encode_text)
     monkeypatch.setattr(Accelerator, "backward", lambda *args: (events.append("backward"), backward(*args))[1])
@@ -479,6 +482,22 @@ def test_references_are_cached_anew_at_each_refresh(flags, tmp_path, opened):
     # With other references, the caches of both steps are not taken over
     assert_same_run(run(flags("style", output_dir=cached, learning_rate=1e-3, cache_latents=True, **changes)),
                     run(flags("style", output_dir=tmp_path / "other", learning_rate=1e-3, **changes)))  # fmt: skip
+
+
+def test_a_base_that_is_saved_anew_has_its_own_references_and_caches(flags, tmp_path):
+    """Under the same name, with files of the same sizes."""
+    changes = {"pretrained_model_name_or_path": tmp_path / "base", "cache_latents": True, "center_crop": True}
+    changes |= {"max_train_steps": 1}
+    build_pipeline(seed=0).save_pretrained(tmp_path / "base")
+    first = run(flags("style", output_dir=tmp_path / "first", **changes))
+    for folder in ("references", "cache"):
+        shutil.copytree(first / folder, tmp_path / "used" / folder)
+    build_pipeline(seed=1).save_pretrained(tmp_path / "base")
+    for folder in ("used", "fresh"):
+        run(flags("style", output_dir=tmp_path / folder, **changes))
+    assert_same_run(tmp_path / "used", tmp_path / "fresh")
+    for path in (tmp_path / "fresh" / "references").rglob("*.png"):
+        assert (tmp_path / "used" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
 
 
 # ---- Early stopping ----
@@ -581,6 +600,19 @@ def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, task
         run(flags(output_dir=half, max_train_steps=10, resume_from_checkpoint="latest", **changes))
         assert seen == undisturbed
         assert_same_run(half, whole)
+
+
+def test_an_epoch_of_a_stream_goes_on_with_as_many_processes(tasks):
+    stream = load_preference_pairs(str(tasks / "pairs.parquet"), streaming=True)
+    table = load_preference_pairs(str(tasks / "pairs.parquet"))
+    state = train_pso_lora_sdxl.OfflineState(position=4, num_processes=2)
+    train_pso_lora_sdxl.check_stream_position(stream, state, 2)
+    with pytest.raises(UserError, match="this epoch was begun by 2 processes, .* resume with 2"):
+        train_pso_lora_sdxl.check_stream_position(stream, state, 3)
+    train_pso_lora_sdxl.check_stream_position(table, state, 3)
+    state.position = 0
+    train_pso_lora_sdxl.check_stream_position(stream, state, 1)
+    assert state.num_processes == 1
 
 
 @pytest.mark.slow

@@ -122,6 +122,9 @@ class Family(ABC):
         max_sequence_length: tokens of a prompt, for pipelines that take it; None: the family's default.
         offload: whether text encoders and VAE are on the CPU except where they are used.
         vae_batch_size: images that the VAE takes at once.
+
+    Attributes:
+        origin: all that latents and embeddings depend on, JSON; what is kept on disk is another one's where it differs.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -169,6 +172,7 @@ class Family(ABC):
             name for name in absent if name in self.unused_parts or name not in pipeline._optional_components
         ]
         self._warned_of_long_prompts = False
+        self.origin: dict = {}
         self._loaded_parts: ExitStack | None = None
         self._drawer = _without_text_encoders(pipeline)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family, find_family
+from pso_utils.families.lora import lora_metadata
 from pso_utils.schedules import convert_scheduler
 from pso_utils.sources import (
     WEIGHT_SUFFIXES,
@@ -74,14 +75,17 @@ class ModelInfo(NamedTuple):
 
 def read_config(model_class, location: str, subfolder: str | None = None, **files) -> dict:
     """A part's configuration; raises UserError where there is none to be read."""
+    part = f"{location}, {subfolder}" if subfolder else location
     try:
-        return model_class.load_config(location, subfolder=subfolder, **files)
+        config = model_class.load_config(location, subfolder=subfolder, **files)
     except OSError as error:
-        part = f"{location}, {subfolder}" if subfolder else location
         raise UserError(
             f"{part}: no configuration can be read ({first_line(error)}); pass a whole diffusers folder, or a hub id"
             " that can be reached from here"
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{part}: its configuration is no JSON object; pass a whole diffusers folder")
+    return config
 
 
 def read_model_info(source: ModelSource) -> ModelInfo:
@@ -101,12 +105,18 @@ def read_model_info(source: ModelSource) -> ModelInfo:
             "(for a denoiser alone use --distilled_unet or --distilled_transformer)"
         )
     model_index = read_config(DiffusionPipeline, base, **source.files)
-    family = find_family(model_index.get("_class_name"), base)
+    pipeline_class, scheduler = model_index.get("_class_name"), model_index.get("scheduler")
+    is_pair = isinstance(scheduler, list) and len(scheduler) == 2 and isinstance(scheduler[1], str)
+    if not isinstance(pipeline_class, str) or not is_pair:
+        raise UserError(f"{base}: its model_index.json does not name the classes of the pipeline and of its scheduler")
+    family = find_family(pipeline_class, base)
     family.check_pipeline(model_index)
     base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
     denoiser_config = _check_distilled_denoiser(source, family, base_config)
     if source.distillation_lora is not None:
-        _check_weight_file("--distillation_lora", source.distillation_lora)
+        path = _check_weight_file("--distillation_lora", source.distillation_lora)
+        if path is not None and path.suffix == ".safetensors":
+            lora_metadata(str(path))
 
     scheduler = _read_scheduler(source, model_index)
     scheduler = _converted(source, family, denoiser_config, scheduler)
@@ -127,7 +137,10 @@ def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
     unknown = sorted(key for key in own if not key.startswith("_") and key not in signature(scheduler_class).parameters)
     if unknown:
         raise UserError(f"--scheduler_config: {name} has no {unknown[0]}; pass what it takes, as JSON")
-    return scheduler_class.from_config({**config, **own})
+    try:
+        return scheduler_class.from_config({**config, **own})
+    except (TypeError, ValueError) as error:  # diffusers', for values of another kind
+        raise UserError(f"{base}, scheduler: its configuration makes no {name} ({first_line(error)})") from error
 
 
 def _read_vae_config(source: ModelSource, family: type[Family]) -> dict:
@@ -315,6 +328,8 @@ def _fuse_distillation_lora(pipeline: DiffusionPipeline, part: str, source: Mode
     """Adds a LoRA to the denoiser's own weights: the policy that the trained LoRA starts from, and its base."""
     location, filename = split_source(source.distillation_lora)
     try:
+        if filename is not None and filename.endswith(".safetensors"):
+            lora_metadata(fetch_file(location, filename, source.cache_dir))
         pipeline.load_lora_weights(
             location, weight_name=filename, adapter_name="distillation", cache_dir=source.cache_dir
         )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,6 +142,31 @@ def lora_file(source: str, cache_dir: str | None = None) -> str:
     return fetch_file(location, filename or LORA_WEIGHT_NAME_SAFE, cache_dir)
 
 
+def lora_metadata(path: str) -> dict:
+    """What a .safetensors file says of its LoRA beside the matrices: rank, alpha, layers. Empty where it says nothing.
+
+    Raises:
+        UserError: it cannot be read, or claims a rank above its matrices', for which peft would make room.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no LoRA that can be read ({first_line(error)})") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is no LoRA that can be read (its metadata are no JSON object)")
+    largest = max((min(shape[:2]) for shape in shapes if len(shape) >= 2), default=0)
+    for key, value in metadata.items():
+        ranks = [value] if key.endswith(".r") else []
+        if key.endswith(".rank_pattern") and isinstance(value, dict):
+            ranks = value.values()
+        for rank in ranks:
+            if not isinstance(rank, int) or rank > largest:
+                raise UserError(f"{path} claims rank {rank}, its matrices have {largest} at most; pass another file")
+    return metadata
+
+
 def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
     """Rank, alpha and target modules of the LoRA of `part` of the pipeline, from the metadata in its file.
 
@@ -149,10 +175,9 @@ def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
     """
     remedy = "pass one written by this project's scripts, or by diffusers' save_lora_weights with its metadata"
     try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"--lora_path {path} is no LoRA that can be read ({first_line(error)}): {remedy}") from error
+        settings = lora_metadata(path)
+    except UserError as error:
+        raise UserError(f"--lora_path {error}: {remedy}") from error
     own = {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
     if not own or len(own) < len(settings) or own.get("rank_pattern") or own.get("alpha_pattern"):
         raise UserError(f"--lora_path {path} does not say rank, alpha and layers of one LoRA of the {part}: {remedy}")
@@ -176,6 +201,14 @@ def load_lora(denoiser: ModelMixin, part: str, path) -> None:
     if {key: value.shape for key, value in state_dict.items()} != expected:
         raise UserError(f"{path} holds a LoRA of another model; pass the base model that it was trained on")
     set_peft_model_state_dict(denoiser, state_dict)
+
+
+def checksum(denoiser: ModelMixin) -> int:
+    """Of the LoRA's bits: processes that train the same one have the same."""
+    value = 0
+    for tensor in get_peft_model_state_dict(denoiser).values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def lora_matrices(part: str, model: torch.nn.Module, state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

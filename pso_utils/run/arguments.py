@@ -77,6 +77,15 @@ def json_object(text: str) -> dict:
     return value
 
 
+def prompt(text: str) -> str:
+    """An argparse type: text that tokenizers take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python's stand-ins for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {text!r}") from None
+    return text
+
+
 positive_int = bounded(int, 1)
 non_negative_int = bounded(int, 0)
 positive_float = bounded(float, 0, low_included=False)
@@ -201,8 +210,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
         "passed since the last one.")  # fmt: skip
     add("--checkpoints_total_limit", type=positive_int, default=3, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint's path, or `latest` (a new run where there is none).")
-    add("--validation_prompts", nargs="+", help="Prompts of the validation images. Default: the first four training "
-        "prompts; of a concept its own and its class's.")  # fmt: skip
+    add("--validation_prompts", type=prompt, nargs="+", help="Prompts of the validation images. Default: the first "
+        "four training prompts; of a concept its own and its class's.")  # fmt: skip
     add("--num_validation_images", type=non_negative_int, default=4, help="Images per validation prompt, always from "
         "the same noise; 0: no validation.")  # fmt: skip
     add("--validation_steps", type=positive_int, default=100, help="Validate every so many optimizer steps "
@@ -225,7 +234,10 @@ def check_output_dir(output_dir: str) -> None:
     if not output_dir:
         raise UserError("--output_dir is empty: pass a folder")
     path = Path(output_dir).absolute()
-    folder = next(folder for folder in [path, *path.parents] if folder.exists())
+    try:
+        folder = next(folder for folder in [path, *path.parents] if folder.exists())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; pass another folder") from error
     if not folder.is_dir():
         raise UserError(f"--output_dir {output_dir}: {folder} is a file; pass a folder")
     if not os.access(folder, os.W_OK | os.X_OK):

@@ -15,12 +15,28 @@ from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, l
 from pso_utils.families.lora import check_lora_targets, load_lora, lora_file, read_lora_settings
 from pso_utils.families.quantize import quantize
 from pso_utils.rewards import Rewards, RewardSpec, load_rewards
-from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES
+from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES, mixed_precision
 from pso_utils.run.arguments import DEFAULT_RANK
 from pso_utils.schedules import Schedule, make_schedule, pipelines_pass_eta
+from pso_utils.sources import source_state
 
 
 logger = get_logger(__name__)
+
+MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
+                 "distilled_transformer", "distillation_lora"]  # fmt: skip
+MODEL_FLAGS = ["revision", "variant", "scheduler_config", "scheduler", "timestep_spacing", "original_inference_steps",
+               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "quantize", "allow_tf32",
+               "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
+
+
+def model_settings(args: argparse.Namespace) -> dict:
+    """All that images, latents and embeddings depend on beside LoRA, deployment, prompt and seed; JSON. After the
+    configurations are read, which tells the commit of a model of the hub."""
+    settings = {name: source_state(getattr(args, name), cache_dir=args.cache_dir) for name in MODEL_SOURCES}
+    base = args.pretrained_model_name_or_path
+    settings[MODEL_SOURCES[0]] = source_state(base, revision=args.revision, cache_dir=args.cache_dir)
+    return settings | {name: getattr(args, name) for name in MODEL_FLAGS} | {"mixed_precision": mixed_precision(args)}
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -166,6 +182,7 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator, info: ModelI
         offload=args.offload,
         vae_batch_size=args.vae_batch_size,
     )
+    family.origin = model_settings(args)
     if accelerator.device.type == "cpu" and family.denoiser.dtype != torch.float32:
         # PyTorch's contiguous bfloat16 convolutions have no fast path on CPUs without AVX-512: 30 times slower there
         family.denoiser.to(memory_format=torch.channels_last)

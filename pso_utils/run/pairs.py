@@ -13,7 +13,6 @@ from pso_utils.data.references import ReferenceLatents, References
 from pso_utils.errors import UserError
 from pso_utils.families import Deployment, Family
 from pso_utils.run import arguments
-from pso_utils.run.model_card import scheduler_code
 
 
 SHUFFLE_BUFFER_SIZE = 1000
@@ -60,8 +59,10 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--shuffle_buffer_size", type=positive_int, help="Records among which a stream is shuffled. Default: "
         f"{SHUFFLE_BUFFER_SIZE}.")  # fmt: skip
     add("--instance_data_dir", help="concept: a folder of images of one thing.")
-    add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
-    add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
+    add("--instance_prompt", type=arguments.prompt, help="concept: their prompt, such as `a photo of sks dog`.")
+    add(
+        "--class_prompt", type=arguments.prompt, help="concept: the prompt of the references, such as `a photo of dog`."
+    )
     add("--num_reference_images", type=positive_int, default=20, help="concept: how many references are drawn.")
     add("--reference_policy", choices=["initial", "current"], default="initial", help="style, concept: references are "
         "drawn with the LoRA off, or with it as trained so far.")  # fmt: skip
@@ -177,12 +178,7 @@ def draw_references(
         with family.without_lora():
             return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
 
-    names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
-    names += ["distilled_unet", "distilled_transformer", "distillation_lora", "distillation_lora_scale"]
-    names += ["max_sequence_length", "reference_policy"]
-    settings = {name: getattr(args, name) for name in names} | deployment._asdict()
-    settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
-    settings["mixed_precision"] = accelerator.mixed_precision
+    settings = {"model": family.origin, "reference_policy": args.reference_policy, **deployment._asdict()}
     images = References(
         accelerator,
         Path(args.output_dir, "references"),

@@ -93,6 +93,7 @@ def test_a_store_serves_without_text_encoders_and_tells_them_apart(family, encod
     assert len(encoded) == 1
 
     other = SDXL(build_pipeline(seed=1))
+    other.origin = {"pretrained_model_name_or_path": [["text_encoder/model.safetensors", 1, 2]]}
     embed = PromptCache(other, store=store)
     others = embed(PROMPTS)
     assert len(encoded) == 2 and not torch.equal(others[0]["prompt_embeds"], rows[0]["prompt_embeds"])
