@@ -116,16 +116,16 @@ def parse_args(argv=None):
     add("--sample_batches_per_epoch", type=positive_int, default=8, help="Batches of prompts in an epoch, on each "
         "process.")  # fmt: skip
     add("--num_inner_epochs", type=positive_int, default=1, help="Passes over the pairs of an epoch.")
-    add("--train_timesteps", type=positive_int, help="transition: how many of the N - 1 stochastic steps each pair is trained on, "
-        "drawn at random for each pair. Default: all.")  # fmt: skip
+    add("--train_timesteps", type=positive_int, help="transition: how many of the N - 1 stochastic steps each pair is "
+        "trained on, drawn at random for each pair. Default: all.")  # fmt: skip
     add("--train_batch_size", type=positive_int, default=2, help="Pairs in a call of the model, on each process.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches of pairs in an optimizer step.")
     add("--num_train_epochs", type=positive_int, default=100, help="Outer epochs, unless --max_train_steps is given.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps to stop after. One optimizer step is "
         "gradient_accumulation_steps x train_batch_size pairs on each process x train_timesteps.")  # fmt: skip
-    add("--beta", type=positive_float, help="Strength of the preference: the loss is -log sigmoid(beta (value of target "
-        "- value of reference)), the value being a log-ratio of likelihoods (transition) or the fall of a denoising "
-        f"error (denoising). Default: {defaults_text('beta')}.")  # fmt: skip
+    add("--beta", type=positive_float, help="Strength of the preference: the loss is -log sigmoid(beta (value of "
+        "target - value of reference)), the value being a log-ratio of likelihoods (transition) or the fall of a "
+        f"denoising error (denoising). Default: {defaults_text('beta')}.")  # fmt: skip
     add("--clip_range", type=arguments.bounded(float, 0, low_included=False, high=0.999), help="transition: the "
         "likelihood ratios are clamped to 1 - clip_range .. 1 + clip_range. Default: 0.1.")  # fmt: skip
     add("--weighting", choices=WEIGHTINGS, help="denoising: of the squared error of the clean latents, as offline. mdp "
