@@ -44,6 +44,7 @@ from pso_utils.data import minibatches
 from pso_utils.data.pairs import load_preference_pairs
 from pso_utils.errors import UserError
 from pso_utils.families import Family
+from pso_utils.families.denoising import predict_pairs
 from pso_utils.families.sdxl import SDXL
 from pso_utils.losses import denoising_error
 from pso_utils.rewards import Rewards
@@ -355,8 +356,8 @@ def ipo(family, schedule, weights, pairs, args):
     """IPO (arXiv 2310.12036) on the errors of the clean latents, against the base."""
     step_index = (pairs.uniform * len(weights)).long()
     with torch.no_grad(), family.without_lora():
-        base = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
-    predicted = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
+        base = predict_pairs(family, schedule, pairs, step_index)
+    predicted = predict_pairs(family, schedule, pairs, step_index)
     errors = [denoising_error(pairs.latents, x0, weights[step_index]) for x0 in (base, predicted)]
     target_gain, reference_gain = errors[0] - errors[1]
     margin = target_gain - reference_gain
