@@ -21,11 +21,10 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.data.latent_cache import LatentCache, TensorCache
+from pso_utils.data.latent_cache import LatentCache
 from pso_utils.data.loader import PairLoader
 from pso_utils.data.minibatches import TrainingPairs
 from pso_utils.data.pairs import Stream, Table
-from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.families.denoising import NoisedPairs, pair_gains, predict_pairs
@@ -364,8 +363,7 @@ def run(args):
     # The models
     family = models.load_family(args, accelerator, info)
     parameters = models.add_trained_lora(args, accelerator, family)
-    store = TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_latents else None
-    embed = PromptCache(family, store=store)
+    embed = models.make_prompt_cache(args, family)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
     schedule = models.training_schedule(args, info, stochastic=False, device=accelerator.device)
     deployment = models.deployment(args, info)
@@ -421,15 +419,14 @@ def run(args):
     prompts = args.validation_prompts or default_validation_prompts(args, source)
     cache = None
     if args.cache_latents:
+        cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
+        cache.fill()
+        family.keep_vae_offloaded()
+        logger.info("--cache_latents: the VAE is on the CPU except where it is used")
+    if args.cache_prompts:
         # those of the references, too: a refresh embeds them again
         more_prompts = [*prompts, *([] if references is None else references.images.captions)]
-        cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
-        all_prompts = [*more_prompts, *source.captions()]
-        embed(all_prompts[accelerator.process_index :: accelerator.num_processes])
-        cache.fill()
-        family.free_text_encoders()
-        family.keep_vae_offloaded()
-        logger.info("--cache_latents: the text encoders are gone, and the VAE is on the CPU except where it is used")
+        embed.encode_all([*more_prompts, *source.captions()], accelerator)
     training_pairs = TrainingPairs(
         family=family,
         loader=loader,

@@ -18,7 +18,6 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.data.prompts import epoch_prompts, load_prompts
 from pso_utils.errors import UserError
 from pso_utils.families import Conditioning, Deployment, Family
@@ -302,7 +301,7 @@ def run(args):
     # The models
     family = models.load_family(args, accelerator, info)
     parameters = models.add_trained_lora(args, accelerator, family)
-    embed = PromptCache(family)
+    embed = models.make_prompt_cache(args, family)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
     objective, is_transition = OBJECTIVES[args.objective], args.objective == "transition"
     schedule = models.training_schedule(args, info, stochastic=is_transition, device=accelerator.device)
@@ -341,6 +340,8 @@ def run(args):
         rewards=rewards,
         log=log,
     )
+    if args.cache_prompts:
+        embed.encode_all([*prompts, *validate.prompts], accelerator)
     if validate.is_due(state):
         validate(state)
 

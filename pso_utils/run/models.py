@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from pso_utils.data.latent_cache import TensorCache
+from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Deployment, Family
 from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, load_pipeline, read_model_info
@@ -221,6 +223,13 @@ def card_settings(args: argparse.Namespace) -> dict[str, str]:
     """What the model card says of a model that is not as its files are."""
     settings = {} if args.quantize is None else {"quantize": args.quantize}
     return settings if args.lora_path is None else settings | {"goes on from": Path(args.lora_path).name}
+
+
+def make_prompt_cache(args: argparse.Namespace, family: Family) -> PromptCache:
+    """The cache of embeddings, with --cache_prompts on disk, too."""
+    return PromptCache(
+        family, store=TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_prompts else None
+    )
 
 
 def load_run_rewards(args: argparse.Namespace, accelerator: Accelerator, specs: Sequence[RewardSpec]) -> Rewards:
