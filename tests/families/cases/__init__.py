@@ -9,7 +9,7 @@ A case is a module of this folder, named in CASES, with
 and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides), `STEPS`, `SIZES`,
 `unpack(pipeline, latents, height, width)` (latents of the pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)`
 (the arithmetic of diffusers' training script), `ETA` (what the pipeline is called with, if it hands one to its
-scheduler), `IS_EXACT` (whether the trajectory is the pipeline's bit for bit).
+scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the trajectory is the pipeline's bit for bit).
 """
 
 from importlib import import_module
@@ -27,7 +27,7 @@ DEFAULTS = {
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
     "IS_EXACT": False,
-    "SCHEDULER_FLAGS": [],  # of the scripts
+    "FLAGS": {},  # of the scripts, beside model, steps and resolution
     "unpack": lambda pipeline, latents, height, width: latents,
 }
 
