@@ -66,18 +66,6 @@ def test_sd_turbo_is_trained_under_its_ancestral_scheduler_and_deployed_under_it
     assert not torch.allclose(expected, latents, rtol=0.1)
 
 
-@pytest.mark.parametrize("family_class", [StableDiffusion, LatentConsistency])
-def test_predict_gives_the_pipelines_bits_in_half_precision(folder, lcm_folder, family_class):
-    location = folder if family_class is StableDiffusion else lcm_folder
-    pipeline = load_pipeline(ModelSource(location), weight_dtype=torch.bfloat16)
-    family = family_class(pipeline)
-    calls = record_calls(pipeline.unet, lambda: draw(pipeline, guidance_scale=family.guidance_scale))
-    for (model_input, timestep), _, output in calls:
-        with torch.no_grad():
-            predicted = family.predict(model_input.float(), timestep.repeat(2), batch(family))
-        assert predicted.dtype == torch.float32 and torch.equal(predicted, output.float())
-
-
 def test_what_the_pipeline_sets_in_its_scheduler_is_trained(folder, tmp_path):
     """It makes `steps_offset` 1 and `clip_sample` False, whatever the file says."""
     values = {"timestep_spacing": "leading", "steps_offset": 0, "clip_sample": True}
