@@ -26,7 +26,7 @@ setup(
         "numpy>=2.0.2",
         "pillow>=10.3.0",  # images; earlier ones open 16-bit grey as 32-bit
         "pyarrow>=24.0.0",  # the evaluation's scores.parquet
-        "fsspec>=2025.3.0",  # images of streamed data sets
+        "fsspec>=2026.6.0",  # URLs of streamed data sets; earlier ones run code in a reference file system
         "tqdm>=4.66.3",
     ],
     extras_require={

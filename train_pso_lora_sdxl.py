@@ -21,41 +21,31 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.data.images import draw_noise, draw_reference_uniform, draw_timestep_uniform
-from pso_utils.data.latent_cache import (
-    LatentBatch,
-    LatentCache,
-    TensorCache,
-    encoded_minibatches,
-)
+from pso_utils.data.latent_cache import LatentCache, TensorCache
 from pso_utils.data.loader import PairLoader
+from pso_utils.data.minibatches import TrainingPairs
 from pso_utils.data.pairs import Stream, Table
 from pso_utils.data.prompt_cache import PromptCache
-from pso_utils.data.references import ReferenceLatents, References
 from pso_utils.errors import UserError
-from pso_utils.families import Conditioning, Deployment, Family
+from pso_utils.families import Family
+from pso_utils.families.denoising import NoisedPairs, pair_gains, predict_pairs
 from pso_utils.families.loading import ModelInfo
 from pso_utils.losses import (
     HINGE_METRICS,
     OFFLINE_METRICS,
+    PAIR_SETTINGS,
     denoising_error,
     hinge_pso_loss,
     offline_pso_loss,
 )
-from pso_utils.mdp import WEIGHTINGS, add_noise, diffusion_inputs, forward_weights, predict
+from pso_utils.mdp import WEIGHTINGS, diffusion_inputs, forward_weights
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, on_main_process, one_line_errors
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
-from pso_utils.run.model_card import scheduler_code
-from pso_utils.run.optimizer import (
-    make_optimizer,
-    optimizer_step,
-    reduce_gradients,
-    zero_gradients,
-)
-from pso_utils.run.pairs import add_pair_arguments, check_task_flags, open_source
+from pso_utils.run.optimizer import make_optimizer, optimizer_step, reduce_gradients
+from pso_utils.run.pairs import add_pair_arguments, check_task_flags, draw_references, open_source
 from pso_utils.run.result import save_card_and_pictures, save_lora
 from pso_utils.run.validation import Validation
 from pso_utils.schedules import Schedule
@@ -67,59 +57,30 @@ logger = get_logger(__name__)
 # ---- Losses ----
 
 
-class Pairs(NamedTuple):
-    """b pairs at one noise level each, on the accelerator, as k rows of b: the targets, their references (k = 2) and,
-    with --class_anchor, the references once more, with the class prompt (k = 3). The diffusion loss takes the targets
-    alone (k = 1)."""
-
-    latents: Tensor  # [k, b, C, h, w], clean
-    noise: Tensor  # [b, C, h, w], shared by a pair
-    uniform: Tensor  # [b], in [0, 1): which timestep
-    conditioning: Conditioning  # of k * b
-
-
-def predict_pairs(family: Family, schedule: Schedule, pairs: Pairs, step_index: Tensor) -> Tensor:
-    """Predicted clean latents [k, b, C, h, w] of the noised pairs, by one call of the model for all of them."""
-    rows = len(pairs.latents)
-    steps = schedule.at(step_index.repeat(rows))
-    sample = add_noise(steps, pairs.latents.flatten(0, 1), pairs.noise.repeat(rows, 1, 1, 1))
-    model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, pairs.conditioning)
-    return predict(steps, model_output, sample)[0].unflatten(0, (rows, -1))
-
-
-def weighted_errors(clean: Tensor, predicted: Tensor, weight: Tensor) -> Tensor:
-    """`denoising_error` [k, b] of clean latents [k, b, C, h, w], with the weight [b] of each pair's noise level."""
-    return denoising_error(clean.flatten(0, 1), predicted.flatten(0, 1), weight.repeat(len(clean))).view(len(clean), -1)
-
-
-def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args) -> tuple[Tensor, dict]:
     """PSO: one call of the model without gradient and LoRA, one with both."""
-    step_index = (pairs.uniform * len(weights)).long()
-    weight = weights[step_index]
-    with torch.no_grad(), family.without_lora():
-        base_predicted = predict_pairs(family, schedule, pairs, step_index)
-    predicted = predict_pairs(family, schedule, pairs, step_index)
-    gains = weighted_errors(pairs.latents, base_predicted, weight) - weighted_errors(pairs.latents, predicted, weight)
+    gains, drift = pair_gains(family, schedule, weights, pairs)
     settings = {"beta": args.beta, "target_anchor": args.target_anchor, "reference_weight": args.reference_weight}
     loss, metrics = offline_pso_loss(*gains[:2], **settings)
     if args.class_anchor:
         # under the mdp weighting, the KL divergence of the class prompt's transitions from the base's
-        class_drift = weighted_errors(base_predicted, predicted, weight)[2]
-        loss = loss + args.class_anchor * class_drift
-        metrics["class_drift"] = class_drift.detach()
+        loss = loss + args.class_anchor * drift[2]
+        metrics["class_drift"] = drift[2].detach()
     return loss, metrics
 
 
-def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args) -> tuple[Tensor, dict]:
     """The release's hinge, without the base: one call of the model."""
     step_index = (pairs.uniform * len(weights)).long()
     predicted = predict_pairs(family, schedule, pairs, step_index)
-    errors = weighted_errors(pairs.latents, predicted, weights[step_index])
+    errors = denoising_error(pairs.latents, predicted, weights[step_index])
     settings = {"reference_weight": args.reference_weight, "prior_loss_weight": args.prior_loss_weight}
     return hinge_pso_loss(*errors, beta=args.beta, **settings)
 
 
-def diffusion_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def diffusion_loss(
+    family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args
+) -> tuple[Tensor, dict]:
     """PSO's rival: the plain diffusion or flow-matching loss on the targets, over all training timesteps."""
     uniform = pairs.uniform
     if args.timestep_sampling == "logit_normal":
@@ -146,7 +107,7 @@ class Loss(NamedTuple):
     method: what the model card calls it.
     """
 
-    function: Callable[[Family, Schedule, Tensor, Pairs, object], tuple[Tensor, dict[str, Tensor]]]
+    function: Callable[[Family, Schedule, Tensor, NoisedPairs, object], tuple[Tensor, dict[str, Tensor]]]
     flags: Sequence[str]
     metrics: Sequence[str]
     defaults: dict[str, dict[str, float]] | None
@@ -183,14 +144,9 @@ LOSSES = {
 LOSS_FLAGS = list(dict.fromkeys(flag for loss in LOSSES.values() for flag in loss.flags))
 
 # What the flags of PSO's loss are unless given, by task and weighting: a task's own weighting comes first, the others
-# are for who asks for them. demo/README.md has what was tried. A beta is right where beta times the difference of gains
-# that a fully learnt pair shows is some 3 to 15: with more, the loss saturates before the samples change.
+# are for who asks for them.
 TASK_DEFAULTS = {
-    "preference": {
-        "mdp": {"beta": 30.0, "target_anchor": 60.0, "reference_weight": 1.0},
-        "x0": {"beta": 10.0, "target_anchor": 10.0, "reference_weight": 1.0},
-        "epsilon": {"beta": 200.0, "target_anchor": 200.0, "reference_weight": 1.0},
-    },
+    "preference": {weighting: {**settings, "reference_weight": 1.0} for weighting, settings in PAIR_SETTINGS.items()},
     "style": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.05}},
     "concept": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.2}},
 }
@@ -318,76 +274,6 @@ def check_arguments(args) -> Plan:
     return Plan(source, reward_specs, info, checkpoint_to_resume(args, info, lora_targets))
 
 
-# ---- Pairs of latents ----
-
-
-def make_references(
-    args,
-    accelerator: Accelerator,
-    family: Family,
-    source: Table | Stream,
-    *,
-    embed: PromptCache,
-    deployment: Deployment,
-) -> References | None:
-    """The images that the model draws for targets without a reference: one of each caption (style), or
-    --num_reference_images of the class (concept)."""
-    if source.has_references or not LOSSES[args.loss].takes_references:
-        return None
-    captions = source.captions() if args.task == "style" else [args.class_prompt] * args.num_reference_images
-
-    @torch.no_grad()
-    def draw(captions, seeds):
-        conditioning = family.collate(embed(captions), deployment.height, deployment.width)
-        settings = {"deployment": deployment, "batch_size": args.sample_batch_size}
-        if args.reference_policy == "current":
-            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
-        with family.without_lora():
-            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
-
-    names = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant"]
-    names += ["distilled_unet", "distilled_transformer", "distillation_lora", "distillation_lora_scale"]
-    names += ["max_sequence_length", "reference_policy"]
-    settings = {name: getattr(args, name) for name in names} | deployment._asdict()
-    settings |= {"scheduler": scheduler_code(family.pipeline.scheduler), "guidance_scale": family.guidance_scale}
-    settings["mixed_precision"] = accelerator.mixed_precision
-    folder = Path(args.output_dir, "references")
-    batch_size = args.sample_batch_size
-    return References(accelerator, folder, captions, draw, settings=settings, seed=args.seed, batch_size=batch_size)
-
-
-def reference_indices(args, epoch: int, ids: Sequence[str], index_of_id: dict[str, int], num_references: int):
-    """Which of the references each record is paired with: its caption's (style), or any (concept)."""
-    if args.task == "style":
-        return [index_of_id[record_id] for record_id in ids]
-    return (draw_reference_uniform(ids, seed=args.seed, epoch=epoch) * num_references).long().tolist()
-
-
-def make_pairs(
-    args, family: Family, embed: PromptCache, batch: LatentBatch, references: Tensor | None, *, epoch: int
-) -> Pairs:
-    """A microbatch as it is trained on: with its references [b, C, h, w] (None for the diffusion loss), each record's
-    draws of this epoch, and the conditioning of all its rows."""
-    latents, captions = [batch.targets], list(batch.captions)
-    if references is not None:
-        latents.append(references)
-        captions += batch.captions
-    if args.class_anchor:
-        latents.append(references)
-        captions += [args.class_prompt] * len(batch.ids)
-    conditioning = family.collate(
-        embed(captions),
-        args.resolution,
-        args.resolution,
-        original_sizes=batch.original_sizes.repeat(len(latents), 1),
-        crop_top_lefts=batch.crop_top_lefts.repeat(len(latents), 1),
-    )
-    draws = {"seed": args.seed, "epoch": epoch}
-    noise = draw_noise(batch.ids, batch.targets.shape[1:], **draws).to(family.device)
-    uniform = draw_timestep_uniform(batch.ids, **draws).to(family.device)
-    return Pairs(torch.stack(latents), noise, uniform, conditioning)
-
-
 # ---- The run ----
 
 
@@ -396,6 +282,7 @@ class OfflineState(TrainingState):
     """`TrainingState` with the records that are done, and the best validation for early stopping."""
 
     position: int = 0  # records of the epoch that are done
+    num_processes: int = 1  # among which they were dealt out
     num_broken: int = 0  # records that were left out so far for a broken image
     best_reward: float = -math.inf
     best_step: int = -1
@@ -405,39 +292,42 @@ class OfflineState(TrainingState):
     was_warned: bool = False  # of repulsion
 
 
+def check_stream_position(source: Table | Stream, state: OfflineState, num_processes: int) -> None:
+    """Raises UserError where a run would go on within an epoch of a stream that was split among other processes: it
+    would have some records again and others never."""
+    if isinstance(source, Stream) and state.position and state.num_processes != num_processes:
+        raise UserError(
+            f"{source.name} --streaming: this epoch was begun by {state.num_processes} processes, and cannot go on with"
+            f" {num_processes}: resume with {state.num_processes}, or drop --resume_from_checkpoint"
+        )
+    state.num_processes = num_processes
+
+
 REPULSION_WINDOW, REPULSION_LIMIT = 20, 0.7  # optimizer steps; demo/README.md has where runs left the data
 
 
-def repulsion(recent_gains: list[list[float]], reference_weight: float) -> dict[str, float]:
-    """`repulsion`: how much of the margin that the pairs of the last steps show comes from the references' errors
-    growing, and not from the targets' falling. A target's error can fall to 0, where the prediction is on the data; a
-    reference's can grow without end, in any direction. Empty until there are enough steps, and without a margin.
-
-    Args:
-        recent_gains: of each step, the gains of its targets and of its references, added up.
-    """
-    targets, references = (sum(gains) for gains in zip(*recent_gains))
-    margin = targets - reference_weight * references
-    if len(recent_gains) < REPULSION_WINDOW or margin <= 0:
-        return {}
-    return {"repulsion": -reference_weight * references / margin}
-
-
 def watch_repulsion(args, state: OfflineState, sums: dict[str, float]) -> dict[str, float]:
-    """`repulsion` with the gains of a step added, for losses that have them; warns once where it is high."""
+    """`repulsion`, with the gains of this step's targets and references, which `sums` has of losses that have gains:
+    how much of the margin that the pairs of the last steps show comes from the references' errors growing, and not from
+    the targets' falling. A target's error can fall to 0, where the prediction is on the data; a reference's can grow
+    without end, in any direction. Empty until there are enough steps, and without a margin. Warns once where it is
+    high."""
     if not {"target_gain", "reference_gain"} <= sums.keys():
         return {}
-    gains = [sums["target_gain"], sums["reference_gain"]]
-    state.recent_gains = [*state.recent_gains, gains][-REPULSION_WINDOW:]
-    values = repulsion(state.recent_gains, 1.0 if args.reference_weight is None else args.reference_weight)
-    is_high = args.task == "preference" and values.get("repulsion", -math.inf) > REPULSION_LIMIT
-    if is_high and not state.was_warned:
+    state.recent_gains = [*state.recent_gains, [sums["target_gain"], sums["reference_gain"]]][-REPULSION_WINDOW:]
+    reference_weight = 1.0 if args.reference_weight is None else args.reference_weight
+    target_gain, reference_gain = (sum(gains) for gains in zip(*state.recent_gains))
+    margin = target_gain - reference_weight * reference_gain
+    if len(state.recent_gains) < REPULSION_WINDOW or margin <= 0:
+        return {}
+    repulsion = -reference_weight * reference_gain / margin
+    if args.task == "preference" and repulsion > REPULSION_LIMIT and not state.was_warned:
         state.was_warned = True
         logger.warning(
-            f"repulsion is {values['repulsion']:.2f}, above {REPULSION_LIMIT}: the losers are pushed away more than the"
+            f"repulsion is {repulsion:.2f}, above {REPULSION_LIMIT}: the losers are pushed away more than the"
             " winners are approached, and samples may leave the data. Lower --learning_rate, or raise --target_anchor"
         )
-    return values
+    return {"repulsion": repulsion}
 
 
 def keep_best(args, accelerator: Accelerator, family: Family, state: OfflineState, values: dict[str, float]) -> bool:
@@ -503,9 +393,9 @@ def run(args):
         random_flip=args.random_flip,
         skip_broken_images=args.skip_broken_images,
     )
-    references = make_references(args, accelerator, family, source, embed=embed, deployment=deployment)
-    reference_latents = ReferenceLatents(references, family, is_cached=args.cache_latents, random_flip=args.random_flip)
-    index_of_id = {record_id: index for index, record_id in enumerate(source.ids())} if args.task == "style" else {}
+    references = None
+    if entry.takes_references and not source.has_references:
+        references = draw_references(args, accelerator, family, source, embed=embed, deployment=deployment)
     max_train_steps = args.max_train_steps or args.num_train_epochs * math.ceil(len(source) / minibatch_size)
     max_epochs = args.num_train_epochs if args.max_train_steps is None else math.inf
 
@@ -515,6 +405,7 @@ def run(args):
         accelerator, family, state, optimizer, lr_scheduler, args=args, max_train_steps=max_train_steps
     )
     checkpoints.load(checkpoint)
+    check_stream_position(source, state, accelerator.num_processes)
     is_resumed = checkpoint is not None
     log = start_logs(accelerator, args, "pso_lora_sdxl", state, resumed=is_resumed)
     if isinstance(source, Table) and source.num_ties:
@@ -523,15 +414,15 @@ def run(args):
     refresh_steps = args.reference_refresh_steps or max_train_steps + 1
     if references is not None:
         if args.reference_policy == "current":
-            references.drop_after(state.global_step)
-        drawing = bar(total=len(references.own_indices), desc="references")
-        reference_latents.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
+            references.images.drop_after(state.global_step)
+        drawing = bar(total=len(references.images.own_indices), desc="references")
+        references.refresh(state.global_step - state.global_step % refresh_steps, drawing.update)
         drawing.close()
     prompts = args.validation_prompts or default_validation_prompts(args, source)
-    minibatches = partial(encoded_minibatches, family, loader)
+    cache = None
     if args.cache_latents:
         # those of the references, too: a refresh embeds them again
-        more_prompts = [*prompts, *([] if references is None else references.captions)]
+        more_prompts = [*prompts, *([] if references is None else references.images.captions)]
         cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
         all_prompts = [*more_prompts, *source.captions()]
         embed(all_prompts[accelerator.process_index :: accelerator.num_processes])
@@ -539,7 +430,15 @@ def run(args):
         family.free_text_encoders()
         family.keep_vae_offloaded()
         logger.info("--cache_latents: the text encoders are gone, and the VAE is on the CPU except where it is used")
-        minibatches = cache.minibatches
+    training_pairs = TrainingPairs(
+        family=family,
+        loader=loader,
+        embed=embed,
+        cache=cache,
+        references=references,
+        takes_references=entry.takes_references,
+        class_prompt=args.class_prompt if args.class_anchor else None,
+    )
     validate = Validation(
         args,
         accelerator,
@@ -551,42 +450,28 @@ def run(args):
         rewards=rewards,
         log=log,
     )
-    stop = False
+    is_done = state.global_step >= max_train_steps
     if validate.is_due(state):
         validate(state)
-        stop = keep_best(args, accelerator, family, state, validate.values)
+        is_done |= keep_best(args, accelerator, family, state, validate.values)
 
     logger.info(
         f"steps of {minibatch_size} pairs at timesteps {schedule.timesteps.tolist()}; loss {args.loss}"
         + "".join(f", {flag} {value}" for flag, value in loss_settings.items())
     )
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
-    while state.epoch < max_epochs and state.global_step < max_train_steps and not stop:
+    while state.epoch < max_epochs and not is_done:
         first_step, start = state.global_step, state.position
-        for minibatch in minibatches(state.epoch, state.position):
-            # Prepare: what is offloaded moves at most once a minibatch
-            prepared, num_broken = [], 0
-            with family.parts_loaded():
-                for batch in minibatch.microbatches:
-                    num_broken += batch.num_broken
-                    if not batch.ids:
-                        continue
-                    of_targets = batch.references
-                    if not entry.takes_references:
-                        of_targets = None
-                    elif references is not None:
-                        num_references = len(references.captions)
-                        indices = reference_indices(args, state.epoch, batch.ids, index_of_id, num_references)
-                        of_targets = reference_latents(indices, batch.flipped.tolist())
-                    prepared.append(make_pairs(args, family, embed, batch, of_targets, epoch=state.epoch))
-            counts = {"pairs": sum(len(pairs.noise) for pairs in prepared), "broken": num_broken}
+        for minibatch in training_pairs.minibatches(state.epoch, state.position):
+            num_own = sum(len(pairs.noise) for pairs in minibatch.microbatches)
+            counts = {"pairs": num_own, "broken": minibatch.num_broken}
             counts = {name: torch.tensor(float(n), device=accelerator.device) for name, n in counts.items()}
 
-            # Update. How many pairs all processes have is known after the reduction only (images may be broken), so
-            # until then the losses are divided by the nominal number, and afterwards the gradients are set right
-            zero_gradients(parameters)
+            # How many pairs all processes have is known after the reduction only (images may be broken), so until then
+            # the losses are divided by the nominal number, and afterwards the gradients are set right
+            optimizer.zero_grad(set_to_none=False)
             sums = dict.fromkeys(["loss", *metric_names], torch.zeros((), device=accelerator.device))
-            for pairs in prepared:
+            for pairs in minibatch.microbatches:
                 loss, metrics = entry.function(family, schedule, weights, pairs, args)
                 if metrics.keys() | {"loss"} != sums.keys():
                     raise ValueError(f"--loss {args.loss} returns {sorted(metrics)}, its entry has {metric_names}")
@@ -611,18 +496,17 @@ def run(args):
             updates.update()
             updates.set_postfix(loss=metrics["loss"])
 
-            if references is not None and state.global_step % refresh_steps == 0:
-                if state.global_step < max_train_steps:
-                    reference_latents.refresh(state.global_step)
-            is_last = state.global_step >= max_train_steps
-            if checkpoints.is_due(state.global_step - 1) and not is_last:
+            is_done = state.global_step >= max_train_steps
+            if references is not None and state.global_step % refresh_steps == 0 and not is_done:
+                references.refresh(state.global_step)
+            if checkpoints.is_due(state.global_step - 1) and not is_done:
                 checkpoints.save()  # before the validation, which a resumed run makes up for
-            if validate.is_due(state) and not is_last:
+            if validate.is_due(state) and not is_done:
                 validate(state)
-                stop = keep_best(args, accelerator, family, state, validate.values)
-            if stop or is_last:
+                is_done = keep_best(args, accelerator, family, state, validate.values)
+            if is_done:
                 break
-        else:
+        if not is_done:  # the epoch is over
             if state.global_step == first_step and start == 0:
                 raise UserError(f"{source.name} has no pair without a broken image: see --skip_broken_images")
             state.epoch, state.position = state.epoch + 1, 0
@@ -648,6 +532,7 @@ def run(args):
         "loss": args.loss,
         **loss_settings,
         **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
+        **models.card_settings(args),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

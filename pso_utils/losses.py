@@ -1,7 +1,7 @@
 """The PSO losses as pure functions: online of log-ratios, offline of denoising errors.
 
-Each returns the loss of every pair [B], differentiable and not reduced, and its diagnostics by name, [B] each, float32
-and without gradient.
+Each returns the loss of every pair [B], differentiable and not reduced, and its diagnostics by name, [B] each, without
+gradient; both are float32, whatever the inputs' dtype. A ValueError says which setting is out of range.
 """
 
 import math
@@ -28,13 +28,21 @@ ONLINE_METRICS = (
     "reference_clipped_high",
 )
 OFFLINE_METRICS = ("loss", "target_gain", "reference_gain", "pair_accuracy", "saturated", "anchored")
+# What beta and target_anchor are unless given, by weighting, for pairs of two images of one prompt (demo/README.md has
+# what was tried). A beta is right where beta times the difference of gains that a fully learnt pair shows is some 3 to
+# 15: with more, the loss saturates before the samples change.
+PAIR_SETTINGS = {
+    "mdp": {"beta": 30.0, "target_anchor": 60.0},
+    "x0": {"beta": 10.0, "target_anchor": 10.0},
+    "epsilon": {"beta": 200.0, "target_anchor": 200.0},
+}
 HINGE_METRICS = ("loss", "target_error", "reference_error", "pair_accuracy", "active")
 
 
 def online_pso_loss(
     target_log_ratio: Tensor, reference_log_ratio: Tensor, *, beta: float, clip_range: float
 ) -> tuple[Tensor, Metrics]:
-    r"""Online PSO loss of one transition of each pair, in float32 whatever the inputs' dtype.
+    r"""Online PSO loss of one transition of each pair.
 
         r      = log p_theta(x_{n-1} | x_n, c) - log p_base(x_{n-1} | x_n, c)
         r_clip = log clamp(exp(r), 1 - clip_range, 1 + clip_range)
@@ -54,15 +62,10 @@ def online_pso_loss(
         0.5 where they are equal (as before the first update), before the clamp; `target_log_ratio` and
         `reference_log_ratio`; `{target,reference}_clipped_{low,high}`, 1 where the clamp changed the ratio, and so
         stopped that sample's gradient.
-
-    Raises:
-        ValueError: the log-ratios are not two vectors of one length, or `beta` or `clip_range` is out of range.
     """
-    _check_pair("log-ratios", target_log_ratio, reference_log_ratio, beta)
-    if not 0 < clip_range < 1:
-        raise ValueError(f"clip_range must lie between 0 and 1, not {clip_range}")
-
-    target_log_ratio, reference_log_ratio = target_log_ratio.float(), reference_log_ratio.float()
+    if not (0 < beta < math.inf and 0 < clip_range < 1):
+        raise ValueError(f"beta must be above 0 and clip_range between 0 and 1, not {beta} and {clip_range}")
+    target_log_ratio, reference_log_ratio = torch.stack([target_log_ratio, reference_log_ratio]).float()
     # clamp(r, log(1 - eps), log(1 + eps)) is log clamp(exp(r), 1 - eps, 1 + eps) without the overflow of exp (whose
     # gradient would be 0 * inf) and without the rounding of exp and log, 6e-8, which beta would magnify.
     low, high = math.log1p(-clip_range), math.log1p(clip_range)
@@ -82,24 +85,23 @@ def online_pso_loss(
 
 
 def denoising_error(original_sample: Tensor, pred_original_sample: Tensor, weight: Tensor) -> Tensor:
-    r"""d(x0) = w(t) * mean over dimensions of (x0 - f(x_t, t, c))^2: `[B]`, in float32 whatever the inputs' dtype.
+    r"""d(x0) = w(t) * mean over C, h, w of (x0 - f(x_t, t, c))^2: `[..., B]`, in float32 whatever the inputs' dtype.
 
     Args:
-        original_sample, pred_original_sample: `[B, ...]`, the clean latents x0 and the predicted ones f.
+        original_sample, pred_original_sample: `[..., B, C, h, w]`, the clean latents x0 and the predicted ones f.
         weight: `[B]`, w(t), as from `mdp.forward_weights`.
 
     Raises:
-        ValueError: the latents differ in shape or have no dimension but B, or `weight` is not `[B]`.
+        ValueError: the latents differ in shape, or `weight` is not `[B]`.
     """
-    if original_sample.ndim < 2 or original_sample.shape != pred_original_sample.shape:
+    shape = original_sample.shape
+    if pred_original_sample.shape != shape or weight.shape != shape[-4:-3]:
         raise ValueError(
-            "latents must be two tensors of one shape [B, ...], not "
-            f"{list(original_sample.shape)} and {list(pred_original_sample.shape)}"
+            "latents must be two tensors of one shape [..., B, C, h, w] and weight a vector [B], not "
+            f"{list(shape)}, {list(pred_original_sample.shape)} and {list(weight.shape)}"
         )
-    if weight.shape != original_sample.shape[:1]:
-        raise ValueError(f"weight must be a vector [{len(original_sample)}], not {list(weight.shape)}")
     squared_error = (original_sample.float() - pred_original_sample.float()) ** 2
-    return weight.float() * squared_error.flatten(1).mean(1)
+    return weight.float() * squared_error.flatten(-3).mean(-1)
 
 
 def offline_pso_loss(
@@ -110,7 +112,7 @@ def offline_pso_loss(
     target_anchor: float = 0.0,
     reference_weight: float = 1.0,
 ) -> tuple[Tensor, Metrics]:
-    r"""Offline PSO loss of one noise level of each pair, in float32 whatever the inputs' dtype.
+    r"""Offline PSO loss of one noise level of each pair.
 
         gain = d_base(x0) - d_theta(x0)
         margin = beta * (gain(target) - reference_weight * gain(reference))
@@ -133,15 +135,13 @@ def offline_pso_loss(
         where the reference did, 0.5 where they are equal (as before the first update); `saturated`, 1 where
         sigmoid(-margin), the factor that the sigmoid leaves of the gradient, is below `SATURATION`; `anchored`, 1 where
         the target anchor is active: its weight is above 0 and the target's error has grown.
-
-    Raises:
-        ValueError: the gains are not two vectors of one length, `beta` is not a positive number, or a weight is
-            negative or not finite.
     """
-    _check_pair("gains", target_gain, reference_gain, beta)
-    _check_not_negative(target_anchor=target_anchor, reference_weight=reference_weight)
-
-    target_gain, reference_gain = target_gain.float(), reference_gain.float()
+    if not (0 < beta < math.inf and 0 <= target_anchor < math.inf and 0 <= reference_weight < math.inf):
+        raise ValueError(
+            "beta must be above 0, target_anchor and reference_weight at least 0, not "
+            f"{beta}, {target_anchor} and {reference_weight}"
+        )
+    target_gain, reference_gain = torch.stack([target_gain, reference_gain]).float()
     margin = beta * (target_gain - reference_weight * reference_gain)
     loss = -F.logsigmoid(margin) + target_anchor * F.relu(-target_gain)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def hinge_pso_loss(
     reference_weight: float,
     prior_loss_weight: float,
 ) -> tuple[Tensor, Metrics]:
-    r"""The base-free hinge of concept customization, in float32 whatever the inputs' dtype.
+    r"""The base-free hinge of concept customization.
 
         loss = relu(1 - beta * (reference_weight * d(reference) - d(target))) + prior_loss_weight * d(reference)
 
@@ -181,15 +181,13 @@ def hinge_pso_loss(
         the loss, and `loss`; `target_error` and `reference_error`; `pair_accuracy`, 1 where the target's error is the
         smaller, 0 where the reference's is, 0.5 where they are equal; `active`, 1 where the hinge is above 0, and so
         has a gradient.
-
-    Raises:
-        ValueError: the errors are not two vectors of one length, `beta` is not a positive number, or a weight is
-            negative or not finite.
     """
-    _check_pair("errors", target_error, reference_error, beta)
-    _check_not_negative(reference_weight=reference_weight, prior_loss_weight=prior_loss_weight)
-
-    target_error, reference_error = target_error.float(), reference_error.float()
+    if not (0 < beta < math.inf and 0 <= reference_weight < math.inf and 0 <= prior_loss_weight < math.inf):
+        raise ValueError(
+            "beta must be above 0, reference_weight and prior_loss_weight at least 0, not "
+            f"{beta}, {reference_weight} and {prior_loss_weight}"
+        )
+    target_error, reference_error = torch.stack([target_error, reference_error]).float()
     hinge = F.relu(1 - beta * (reference_weight * reference_error - target_error))
     loss = hinge + prior_loss_weight * reference_error
     with torch.no_grad():
@@ -200,18 +198,3 @@ def hinge_pso_loss(
             "pair_accuracy": (1 + torch.sign(reference_error - target_error)) / 2,
             "active": (hinge > 0).float(),
         }
-
-
-def _check_pair(name: str, target: Tensor, reference: Tensor, beta: float):
-    if target.ndim != 1 or target.shape != reference.shape:
-        raise ValueError(
-            f"{name} must be two vectors of one length [B], not {list(target.shape)} and {list(reference.shape)}"
-        )
-    if not (math.isfinite(beta) and beta > 0):
-        raise ValueError(f"beta must be a positive number, not {beta}")
-
-
-def _check_not_negative(**values: float):
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} must be a number of at least 0, not {value}")

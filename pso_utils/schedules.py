@@ -54,9 +54,6 @@ PLAIN_CONFIG = {
     "thresholding": False,
 }
 
-# What a model may predict; `mdp.predict` has the formulas.
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow", "trigflow")
-
 
 # ---- The tables ----
 
@@ -90,7 +87,7 @@ class Schedule:
 
     Attributes:
         scheduler_name: the scheduler's class, for messages.
-        prediction_type: one of `PREDICTION_TYPES`.
+        prediction_type: one of the scheduler's `Tables.prediction_types`.
         timesteps: [N], descending, as handed to the model (floats for the Euler, flow and SCM schedulers).
         table: [columns, N], float32: the rows are `Columns`.
         eta: the noise of DDIM, TCD and FlowMatchEuler in [0, 1]; None for the other schedulers.
@@ -133,22 +130,24 @@ class Tables(NamedTuple):
 
     fill: (scheduler after `set_timesteps`, eta) -> its columns by name, [N] each, float64. `next_sigma` and `gain`
         follow from the others; input_scale is 1, c_skip 0 and c_out 1 unless given.
+    prediction_types: what its models may predict; `mdp.predict` has the formulas.
     default_eta: the eta in force where none is given; None for a scheduler that takes none. Pipelines pass their own
         default, 0, instead: hand this eta to them at deployment.
     """
 
     fill: Callable[[SchedulerMixin, float | None], dict[str, Tensor]]
-    default_eta: float | None
+    prediction_types: Sequence[str] = ("epsilon", "v_prediction", "sample")
+    default_eta: float | None = None
 
 
 TABLES: dict[type[SchedulerMixin], Tables] = {}
 
 
-def fills_tables(scheduler_class: type[SchedulerMixin], default_eta: float | None = None) -> Callable:
-    """Decorator that registers the function which fills the tables of `scheduler_class`; see `Tables`."""
+def fills_tables(scheduler_class: type[SchedulerMixin], **settings) -> Callable:
+    """Decorator that registers the function which fills the tables of `scheduler_class`; `settings` are `Tables`'."""
 
     def decorator(fill):
-        TABLES[scheduler_class] = Tables(fill, default_eta)
+        TABLES[scheduler_class] = Tables(fill, **settings)
         return fill
 
     return decorator
@@ -217,7 +216,7 @@ def _(scheduler, eta):
 
 
 @fills_tables(EulerDiscreteScheduler)
-@fills_tables(EulerAncestralDiscreteScheduler)
+@fills_tables(EulerAncestralDiscreteScheduler, prediction_types=["epsilon", "v_prediction"])
 def _(scheduler, eta):
     """EulerAncestralDiscreteScheduler.step, in sigma space. EulerDiscreteScheduler has no density: it is trained as its
     ancestral counterpart over its own sigmas."""
@@ -232,7 +231,7 @@ def _(scheduler, eta):
     }
 
 
-@fills_tables(FlowMatchEulerDiscreteScheduler, default_eta=1.0)
+@fills_tables(FlowMatchEulerDiscreteScheduler, prediction_types=["flow"], default_eta=1.0)
 def _(scheduler, eta):
     """Coefficient-preserving sampling (arXiv 2509.05952): at eta 0 FlowMatchEulerDiscreteScheduler.step, at eta 1 the
     same under its `stochastic_sampling`."""
@@ -246,13 +245,13 @@ def _(scheduler, eta):
     }
 
 
-@fills_tables(FlowMatchLCMScheduler)
+@fills_tables(FlowMatchLCMScheduler, prediction_types=["flow"])
 def _(scheduler, eta):
     """FlowMatchLCMScheduler.step: fresh noise on the predicted clean latents."""
     return TABLES[FlowMatchEulerDiscreteScheduler].fill(scheduler, 1.0)
 
 
-@fills_tables(SCMScheduler)
+@fills_tables(SCMScheduler, prediction_types=["trigflow"])
 def _(scheduler, eta):
     """SCMScheduler.step, of SANA-Sprint; its N + 1 timesteps are angles, the first a hair above pi / 2."""
     angle, next_angle = scheduler.timesteps[:-1].double(), scheduler.timesteps[1:].double()
@@ -298,10 +297,10 @@ def make_schedule(
     config = _own_config(scheduler, scheduler_class)
     for key, plain in PLAIN_CONFIG.items():
         if (config.get(key) or plain) != plain:
-            other = ", or convert to another scheduler (--scheduler)" if _is_convertible(scheduler_class) else ""
+            others = [other for other, value in SCHEDULERS.items() if key not in signature(value).parameters]
             raise UserError(
                 f"{name} with {key}={config[key]!r} has no transition here: set {key} to {plain!r} in the pipeline's "
-                f"scheduler_config.json{other}"
+                f"scheduler_config.json{_or_convert(scheduler_class, others)}"
             )
     _check_steps(scheduler_class, config, num_inference_steps, timesteps)
     prediction_type = _prediction_type(scheduler_class, config)
@@ -368,28 +367,24 @@ def _own_config(scheduler: SchedulerMixin, scheduler_class: type[SchedulerMixin]
 
 
 def _is_flow(scheduler_class) -> bool:
-    return scheduler_class in (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)
+    return "flow" in TABLES[scheduler_class].prediction_types
 
 
-def _is_convertible(scheduler_class) -> bool:
-    """Of the classes in `TABLES`: whether it is a diffusion model's, which is what `convert_scheduler` takes."""
-    return scheduler_class in SCHEDULERS.values()
+def _or_convert(scheduler_class, names: list[str]) -> str:
+    """The end of an error's remedy; empty where no conversion helps, which is for diffusion models' schedulers only."""
+    is_convertible = scheduler_class in SCHEDULERS.values()
+    return f", or convert to {', '.join(names)} (--scheduler)" if names and is_convertible else ""
 
 
 def _prediction_type(scheduler_class, config) -> str:
-    if _is_flow(scheduler_class):
-        return "flow"
-    prediction_type, name = config["prediction_type"], scheduler_class.__name__
-    known = ("trigflow",) if scheduler_class is SCMScheduler else ("epsilon", "v_prediction", "sample")
-    if prediction_type not in known or (
-        scheduler_class is EulerAncestralDiscreteScheduler and prediction_type == "sample"
-    ):
-        remedy = (
-            "epsilon or v_prediction or, if it predicts sample, convert to lcm, tcd, ddim or euler (--scheduler)"
-            if _is_convertible(scheduler_class)
-            else "trigflow"
+    known = TABLES[scheduler_class].prediction_types
+    prediction_type = config.get("prediction_type", known[0])  # flow matching's schedulers have one, and no entry
+    if prediction_type not in known:
+        others = [key for key, value in SCHEDULERS.items() if prediction_type in TABLES[value].prediction_types]
+        raise UserError(
+            f"{scheduler_class.__name__} has no prediction_type {prediction_type!r}: use a model that predicts "
+            f"{' or '.join(known)}{_or_convert(scheduler_class, others)}"
         )
-        raise UserError(f"{name} has no prediction_type {prediction_type!r}: use a model that predicts {remedy}")
     return prediction_type
 
 
@@ -405,7 +400,7 @@ def _check_steps(scheduler_class, config, num_inference_steps, timesteps):
         return
     takers = [key for key, value in SCHEDULERS.items() if "timesteps" in signature(value.set_timesteps).parameters]
     if scheduler_class not in [SCHEDULERS[key] for key in takers]:
-        remedy = f", or convert to {', '.join(takers)} (--scheduler)" if _is_convertible(scheduler_class) else ""
+        remedy = _or_convert(scheduler_class, takers)
         raise UserError(f"{name} takes no timesteps: pass num_inference_steps{remedy}")
     in_range = all(0 <= timestep <= last for timestep in timesteps)
     if not timesteps or not in_range or any(a <= b for a, b in zip(timesteps, timesteps[1:])):
@@ -434,8 +429,11 @@ def _check_timesteps(scheduler: SchedulerMixin, num_steps: int):
     # numpy.arange overshoots: trailing spacing for 61, 103, 121, ... steps has one too many, at -1. Leading spacing
     # with an offset starts at 1000 for 1000 steps. Flow matching's first timestep is 1000, which some values of shift
     # round up. SCM has one timestep more than steps.
-    num_train_timesteps = scheduler.config.num_train_timesteps
-    highest = num_train_timesteps + 1e-3 if _is_flow(type(scheduler)) else num_train_timesteps - 1
+    num_train_timesteps, is_flow = (
+        scheduler.config.num_train_timesteps,
+        "flow" in TABLES[type(scheduler)].prediction_types,
+    )
+    highest = num_train_timesteps + 1e-3 if is_flow else num_train_timesteps - 1
     in_range = all(0 <= timestep <= highest for timestep in timesteps)
     num_timesteps = num_steps + 1 if type(scheduler) is SCMScheduler else num_steps
     if not in_range or not len(set(timesteps)) == len(timesteps) == num_timesteps:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +13,8 @@ from pso_utils.errors import UserError, first_line
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_STATE_SUFFIXES = (*WEIGHT_SUFFIXES, ".json", ".txt", ".model", ".jinja")  # weights, configurations, tokenizers
+_HUB_FILES = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")  # one of which was downloaded
 
 
 def split_source(source: str) -> tuple[str, str | None]:
@@ -52,6 +54,26 @@ def fetch_file(location: str, filename: str, cache_dir: str | None = None) -> st
         return hf_hub_download(location, filename, cache_dir=cache_dir)
     except (OSError, ValueError) as error:
         raise UserError(f"{location}:{filename} is neither here nor on the hub: {first_line(error)}") from error
+
+
+def source_state(source: str | None, *, revision: str | None = None, cache_dir: str | None = None):
+    """What changes when a model's files do, as JSON: their names, sizes and times; of one of the hub its name and the
+    commit that was downloaded, of which None is known before there is a configuration or LoRA of it."""
+    if source is None:
+        return None
+    location, filename = split_source(source)
+    path = Path(location, filename or "")
+    if path.exists():
+        files = [path] if filename else sorted(file for file in path.rglob("*") if file.suffix in _STATE_SUFFIXES)
+        stats = [(file.relative_to(location).as_posix(), file.stat()) for file in files]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    if filename is not None:
+        fetch_file(location, filename, cache_dir)
+    for name in _HUB_FILES if filename is None else [filename]:
+        cached = try_to_load_from_cache(location, name, cache_dir=cache_dir, revision=revision)
+        if isinstance(cached, str):  # .../snapshots/COMMIT/NAME
+            return [source, Path(cached).parents[len(Path(name).parts) - 1].name]
+    return [source, None]
 
 
 def weight_shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -166,6 +169,53 @@ def two_processes(script: str, flags: list[str]):
     )
 
 
+# Runs in a process of its own, which forks those of each run: the libraries are imported once.
+LEARNT_RUNS = """
+import json, os, socket, sys
+from importlib import import_module
+import torch
+torch.set_num_threads(1)
+
+from pso_utils.families import Family
+
+script, runs = import_module(sys.argv[1]), json.loads(sys.argv[2])
+add_lora = Family.add_lora
+
+def add_learnt_lora(family, **settings):
+    parameters, generator = add_lora(family, **settings), torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+Family.add_lora = add_learnt_lora
+for flags, num_processes in runs:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(num_processes):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            if num_processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+                os.environ |= {"LOCAL_WORLD_SIZE": str(num_processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            script.main(flags)
+            os._exit(0)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * num_processes
+"""
+
+
+def run_with_a_learnt_lora(script: str, runs: list[tuple[list[str], int]]):
+    """Runs a script with each (flags, number of processes), from a LoRA that differs from the base from the start."""
+    subprocess.run(
+        [sys.executable, "-c", LEARNT_RUNS, script, json.dumps(runs)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+
+
 # ---- What a microbatch costs ----
 
 
@@ -237,9 +287,11 @@ class _DeviceMoves(TorchFunctionMode):
 
 class Interval(NamedTuple):
     """What runs between two backward calls: the project's own functions, `file:name`, and whether an optimizer step
-    does."""
+    does. `functions` are those apart from data loading: `data_loading` is what stands in pso_utils/data, which reads
+    records, their images or latents, and their prompts, and makes pairs of them; and what that calls."""
 
     functions: set[str]
+    data_loading: set[str]
     has_step: bool
 
 
@@ -248,13 +300,19 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
     """Lists what runs between consecutive backward calls. Comprehensions, lambdas and generator expressions are part of
     the function that they stand in."""
     intervals: list[Interval] = []
-    codes, is_running, has_step = set(), False, False
+    codes, data_codes, is_running, has_step = set(), set(), False, False
+    data = str(ROOT / "pso_utils" / "data")
+
+    def is_data_loading(frame) -> bool:
+        while frame is not None and not frame.f_code.co_filename.startswith(data):
+            frame = frame.f_back
+        return frame is not None
 
     def trace(frame, event, argument):
-        if event == "call" and is_running:
-            codes.add(frame.f_code)
+        if event == "call" and is_running and frame.f_code not in codes:
+            (data_codes if is_data_loading(frame) else codes).add(frame.f_code)
 
-    def names() -> Iterator[str]:
+    def names(codes: set) -> Iterator[str]:
         for code in codes:
             path = Path(code.co_filename)
             if path.is_relative_to(ROOT) and not code.co_name.startswith("<"):
@@ -265,12 +323,12 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
     plain_backward, plain_clip = Accelerator.backward, Accelerator.clip_grad_norm_
 
     def backward(*args, **kwargs):
-        nonlocal codes, is_running, has_step
+        nonlocal codes, data_codes, is_running, has_step
         was_running, is_running = is_running, False
         if was_running:
-            intervals.append(Interval(set(names()), has_step))
+            intervals.append(Interval(set(names(codes)), set(names(data_codes)), has_step))
         plain_backward(*args, **kwargs)
-        codes, is_running, has_step = set(), True, False
+        codes, data_codes, is_running, has_step = set(), set(), True, False
 
     def clip(*args, **kwargs):
         nonlocal has_step
@@ -286,13 +344,19 @@ def between_backward_calls(monkeypatch) -> Iterator[list[Interval]]:
         sys.setprofile(None)
 
 
+def readme_flags(mark: str) -> list[str]:
+    """The script's flags in the README's command behind `<!-- mark -->`."""
+    command = (ROOT / "README.md").read_text().split(f"<!-- {mark} -->")[1].split("```")[1].replace("\\\n", " ")
+    return shlex.split(re.split(r"train_pso_\w+\.py", command)[1])
+
+
 @contextmanager
 def around_microbatches(monkeypatch, script, make_context) -> Iterator[None]:
-    """Runs each minibatch's microbatches, from `zero_gradients` to `reduce_gradients`, in a context of their own."""
-    zero, reduce, contexts = script.zero_gradients, script.reduce_gradients, []
+    """Runs each minibatch's microbatches, from `zero_grad` to `reduce_gradients`, in a context of their own."""
+    zero, reduce, contexts = AcceleratedOptimizer.zero_grad, script.reduce_gradients, []
 
-    def enter(*args):
-        zero(*args)
+    def enter(*args, **kwargs):
+        zero(*args, **kwargs)
         contexts.append(make_context())
         contexts[-1].__enter__()
 
@@ -301,7 +365,7 @@ def around_microbatches(monkeypatch, script, make_context) -> Iterator[None]:
         return reduce(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "zero_gradients", enter)
+        patch.setattr(AcceleratedOptimizer, "zero_grad", enter)
         patch.setattr(script, "reduce_gradients", leave)
         yield
     assert contexts

@@ -69,34 +69,38 @@ def test_other_dtypes_are_computed_in_float32(loss, settings, names, dtype):
         assert ours.dtype == dtype and torch.equal(ours, theirs.to(dtype))
 
 
-ZEROS, LATENTS = torch.zeros(2), torch.zeros(2, 3)
+ZEROS, LATENTS = torch.zeros(2), torch.zeros(2, 1, 1, 3)
 
 
 @pytest.mark.parametrize(
     "function, tensors, settings, message",
     [
-        (online_pso_loss, (ZEROS, torch.zeros(3)), ONLINE, r"log-ratios must be two .*\[B\], not \[2\] and \[3\]"),
-        (online_pso_loss, (torch.zeros(()), torch.zeros(())), ONLINE, "two vectors"),
-        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "beta": 0.0}, "beta must be a positive number, not 0.0"),
-        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "beta": math.nan}, "beta must be a positive number"),
-        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "clip_range": 0.0}, "between 0 and 1, not 0.0"),
-        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "clip_range": 1.0}, "clip_range must lie between 0 and 1"),
-        (offline_pso_loss, (ZEROS, torch.zeros(3)), {"beta": 50.0}, r"gains must be .*not \[2\] and \[3\]"),
-        (offline_pso_loss, (ZEROS, ZEROS), {"beta": math.inf}, "beta must be a positive number, not inf"),
-        (offline_pso_loss, (ZEROS, ZEROS), {"beta": 1.0, "target_anchor": -1.0}, "at least 0, not -1.0"),
-        (offline_pso_loss, (ZEROS, ZEROS), {"beta": 1.0, "reference_weight": -1.0}, "reference_weight must be"),
-        (hinge_pso_loss, (ZEROS[None], ZEROS[None]), HINGE, "errors must be two vectors"),
-        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "beta": -5.0}, "beta must be a positive number, not -5.0"),
-        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "reference_weight": -0.1}, "reference_weight must be"),
-        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "prior_loss_weight": math.nan}, "prior_loss_weight must be"),
-        (denoising_error, (LATENTS, torch.zeros(2, 1), ZEROS), {}, r"one shape .*not \[2, 3\] and \[2, 1\]"),
-        (denoising_error, (ZEROS, ZEROS, ZEROS), {}, "two tensors of one shape"),
-        (denoising_error, (LATENTS, LATENTS, torch.ones(2, 1)), {}, r"a vector \[2\], not \[2, 1\]"),
+        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "beta": 0.0}, "beta must be above 0 .* not 0.0 and 0.1"),
+        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "beta": math.nan}, "beta must be above 0"),
+        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "clip_range": 0.0}, "clip_range between 0 and 1, .* and 0.0"),
+        (online_pso_loss, (ZEROS, ZEROS), {**ONLINE, "clip_range": 1.0}, "clip_range between 0 and 1"),
+        (offline_pso_loss, (ZEROS, ZEROS), {"beta": math.inf}, "beta must be above 0, .* not inf, 0.0 and 1.0"),
+        (offline_pso_loss, (ZEROS, ZEROS), {"beta": 1.0, "target_anchor": -1.0}, "at least 0, not 1.0, -1.0 and"),
+        (offline_pso_loss, (ZEROS, ZEROS), {"beta": 1.0, "reference_weight": -1.0}, "reference_weight at least 0"),
+        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "beta": -5.0}, "beta must be above 0, .* not -5.0, 0.1 and 0.5"),
+        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "reference_weight": -0.1}, "at least 0, not 5.0, -0.1 and 0.5"),
+        (hinge_pso_loss, (ZEROS, ZEROS), {**HINGE, "prior_loss_weight": math.nan}, "prior_loss_weight at least 0"),
+        (denoising_error, (LATENTS, LATENTS[..., :1], ZEROS), {}, r"one shape .*\[2, 1, 1, 3\], \[2, 1, 1, 1\] and"),
+        (denoising_error, (LATENTS, LATENTS, ZEROS[:, None]), {}, r"a vector \[B\], not .* and \[2, 1\]"),
+        (denoising_error, (LATENTS[None], LATENTS[None], torch.zeros(1)), {}, r"a vector \[B\], not .* and \[1\]"),
     ],
 )
 def test_bad_arguments_are_named(function, tensors, settings, message):
     with pytest.raises(ValueError, match=message):
         function(*tensors, **settings)
+
+
+@pytest.mark.parametrize("loss, settings, names", LOSSES)
+@pytest.mark.parametrize("shape", [(3,), (1,), (2, 1)])
+def test_targets_and_references_of_unlike_shapes_are_refused(loss, settings, names, shape):
+    """Two of these would broadcast."""
+    with pytest.raises(RuntimeError, match="equal size"):
+        loss(ZEROS, torch.zeros(shape), **settings)
 
 
 # ---- Online ----
@@ -354,6 +358,13 @@ def test_hinge_equals_the_releases_formula(beta, kappa, prior_loss_weight):
 def test_a_pair_of_equal_errors_is_half_right():
     _, metrics = hinge_pso_loss(torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), **HINGE)
     assert metrics["pair_accuracy"].tolist() == [0.5, 1]
+
+
+def test_denoising_errors_of_several_rows_are_those_of_each():
+    clean, predicted = randn(2, 3, 2, seed=1), randn(2, 3, 2, seed=2)
+    weight = torch.tensor([1.0, 0.5])
+    rows = [denoising_error(*row, weight) for row in zip(clean.flatten(0, 1), predicted.flatten(0, 1))]
+    assert torch.equal(denoising_error(clean, predicted, weight), torch.stack(rows).view(2, 3, 2))
 
 
 def test_denoising_error_of_half_precision_is_computed_in_float32():

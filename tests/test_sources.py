@@ -1,5 +1,7 @@
 """Sources of weights: how a flag's value is split, found and read, and one clear line where it cannot be."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pso_utils.errors import UserError
-from pso_utils.sources import check_exists, fetch_file, read_weights, split_source, weight_shapes
+from pso_utils.sources import check_exists, fetch_file, read_weights, source_state, split_source, weight_shapes
 
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones((), dtype=torch.float16)}
@@ -166,3 +168,48 @@ def test_a_bin_without_a_state_dict_is_an_error(tmp_path, content):
     torch.save(content, tmp_path / "unet.bin")
     with raises_one_line("no state dict of tensors"):
         read_weights(str(tmp_path / "unet.bin"))
+
+
+# ---- source_state ----
+
+
+def test_the_state_of_local_files_changes_when_one_is_saved_anew(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "a.safetensors").write_bytes(b"1")
+    (tmp_path / "README.md").write_text("no part of the model")
+    state = source_state(str(tmp_path))
+    assert [entry[:2] for entry in state] == [["unet/a.safetensors", 1]] and json.loads(json.dumps(state)) == state
+    file = tmp_path / "unet" / "a.safetensors"
+    alone = source_state(str(file))
+    assert source_state(f"{tmp_path / 'unet'}:a.safetensors") == alone and alone[0][:2] == ["a.safetensors", 1]
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # other weights of the same size
+    assert source_state(str(tmp_path)) != state and source_state(str(file)) != alone
+    (tmp_path / "unet" / "a.safetensors").rename(tmp_path / "a.safetensors")
+    assert [entry[0] for entry in source_state(str(tmp_path))] == ["a.safetensors"]
+    assert source_state(None) is None
+
+
+def test_the_state_of_a_hubs_model_is_its_commit(tmp_path):
+    def download(commit, name, reference="main"):
+        repo = tmp_path / "models--me--mine"
+        (repo / "snapshots" / commit / name).parent.mkdir(parents=True, exist_ok=True)
+        (repo / "snapshots" / commit / name).touch()
+        (repo / "refs").mkdir(exist_ok=True)
+        (repo / "refs" / reference).write_text(commit)
+
+    def state(source="me/mine", **settings):
+        return source_state(source, cache_dir=str(tmp_path), **settings)
+
+    first, second, other = (40 * digit for digit in "123")
+    assert state() == ["me/mine", None]
+    download(first, "model_index.json")
+    assert state() == ["me/mine", first]
+    download(second, "model_index.json")
+    download(second, "lora/own.safetensors")
+    assert state() == ["me/mine", second]
+    assert state("me/mine:lora/own.safetensors") == ["me/mine:lora/own.safetensors", second]
+    download(other, "config.json", "v2")
+    assert state(revision="v2") == ["me/mine", other]
+    with raises_one_line("neither here nor on the hub"):
+        state("me/mine:other.safetensors")

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from script_runs import (
     cuda_synchronizations_are_errors,
     error_line,
     metrics,
+    readme_flags,
     run_killed_and_resumed,
     to_flags,
     two_processes,
@@ -38,10 +40,16 @@ from script_runs import (
 )
 
 import train_pso_lora_sdxl
+from pso_utils.data import minibatches
+from pso_utils.data.pairs import load_preference_pairs
+from pso_utils.errors import UserError
 from pso_utils.families import Family
+from pso_utils.families.denoising import predict_pairs
 from pso_utils.families.sdxl import SDXL
+from pso_utils.losses import denoising_error
 from pso_utils.rewards import Rewards
 from pso_utils.run import models
+from tests.conftest import build_pipeline
 
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -169,16 +177,21 @@ def test_the_diffusion_loss_draws_no_references_and_its_card_has_no_pso(flags, d
     assert "| method | plain diffusion loss |" in card and "| beta |" not in card and "| weighting |" not in card
 
 
-def test_few_functions_run_between_two_backward_calls(flags, monkeypatch):
-    """Those of one pair after the other; what `pso_utils.data` does is reading."""
+def test_few_functions_run_between_two_microbatches_of_the_readmes_command(
+    tiny_pipeline_dir, tasks, tmp_path, monkeypatch
+):
+    """There, a microbatch is an optimizer step: its update, the step's bookkeeping and the next one's reading, which is
+    not counted. A checkpoint is every sixth step's."""
+    changes = {"pretrained_model_name_or_path": tiny_pipeline_dir, "dataset_name": tasks / "pairs.parquet"}
+    changes |= {"output_dir": tmp_path / "out", "max_train_steps": 5, "checkpointing_steps": 6}
+    changes |= {"train_batch_size": 4, "num_validation_images": 1}  # two steps an epoch
     with between_backward_calls(monkeypatch) as intervals:
-        run(flags(cache_latents=True, center_crop=True, train_batch_size=1, gradient_accumulation_steps=2))
-    functions = set().union(*(interval.functions for interval in intervals if not interval.has_step))
-    print(f"{len(functions)} functions within a minibatch:", *sorted(functions), sep="\n  ")
-    with_step = set().union(*(interval.functions for interval in intervals)) - functions
-    print(f"{len(with_step)} more from one to the next:", *sorted(with_step), sep="\n  ")
-    functions = {name for name in functions if not name.startswith("pso_utils/data")}
-    assert 4 <= len(functions) <= 16
+        run([*readme_flags("preference"), *to_flags(changes)])
+    functions, data_loading = (set().union(*sets) for sets in list(zip(*intervals))[:2])
+    print(f"{len(functions)} functions:", *sorted(functions), sep="\n  ")
+    print(f"{len(data_loading)} of data loading, not counted:", *sorted(data_loading), sep="\n  ")
+    assert all(interval.has_step for interval in intervals) and len(intervals) == 4
+    assert 8 <= len(functions) <= 18 and len(data_loading) <= 35
 
 
 def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
@@ -309,12 +322,25 @@ def test_the_update_does_not_depend_on_how_its_pairs_are_batched(flags, tmp_path
 
 
 def test_repulsion_is_the_references_part_of_the_margin_of_the_last_steps():
-    repulsion, window = train_pso_lora_sdxl.repulsion, train_pso_lora_sdxl.REPULSION_WINDOW
-    assert repulsion([[3.0, -1.0]] * window, 1.0) == {"repulsion": pytest.approx(0.25)}
-    assert repulsion([[3.0, -1.0]] * window, 0.5) == {"repulsion": pytest.approx(0.5 / 3.5)}
-    assert repulsion([[-1.0, -3.0]] * window, 1.0) == {"repulsion": pytest.approx(1.5)}  # the targets' errors grew, too
-    assert repulsion([[3.0, -1.0]] * (window - 1), 1.0) == {}  # not enough steps yet
-    assert repulsion([[1.0, 1.0]] * window, 1.0) == {}  # no margin
+    window = train_pso_lora_sdxl.REPULSION_WINDOW
+
+    def last(gains: list[list[float]], reference_weight: float | None = None) -> dict[str, float]:
+        """What is logged after steps of these gains of targets and references."""
+        args, state = (
+            SimpleNamespace(task="style", reference_weight=reference_weight),
+            train_pso_lora_sdxl.OfflineState(),
+        )
+        for target_gain, reference_gain in gains:
+            sums = {"target_gain": target_gain, "reference_gain": reference_gain}
+            values = train_pso_lora_sdxl.watch_repulsion(args, state, sums)
+        return values
+
+    assert last([[3.0, -1.0]] * window) == {"repulsion": pytest.approx(0.25)}
+    assert last([[3.0, -1.0]] * window, 0.5) == {"repulsion": pytest.approx(0.5 / 3.5)}
+    assert last([[-1.0, -3.0]] * window) == {"repulsion": pytest.approx(1.5)}  # the targets' errors grew, too
+    assert last([[9.0, 9.0], *[[3.0, -1.0]] * window]) == {"repulsion": pytest.approx(0.25)}  # the first is forgotten
+    assert last([[3.0, -1.0]] * (window - 1)) == {}  # not enough steps yet
+    assert last([[1.0, 1.0]] * window) == {}  # no margin
 
 
 def test_a_run_that_pushes_the_losers_away_is_warned_of_once(flags, caplog, monkeypatch):
@@ -330,9 +356,9 @@ def ipo(family, schedule, weights, pairs, args):
     """IPO (arXiv 2310.12036) on the errors of the clean latents, against the base."""
     step_index = (pairs.uniform * len(weights)).long()
     with torch.no_grad(), family.without_lora():
-        base = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
-    predicted = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
-    errors = [train_pso_lora_sdxl.weighted_errors(pairs.latents, x0, weights[step_index]) for x0 in (base, predicted)]
+        base = predict_pairs(family, schedule, pairs, step_index)
+    predicted = predict_pairs(family, schedule, pairs, step_index)
+    errors = [denoising_error(pairs.latents, x0, weights[step_index]) for x0 in (base, predicted)]
     target_gain, reference_gain = errors[0] - errors[1]
     margin = target_gain - reference_gain
     return (margin - 1 / (2 * args.beta)) ** 2, {"margin": margin.detach()}
@@ -400,17 +426,6 @@ def test_references_of_a_run_that_was_otherwise_trained_are_not_taken_over(flags
         assert (tmp_path / "used" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
 
 
-def test_references_are_those_of_their_targets_or_any_of_the_class():
-    args = train_pso_lora_sdxl.parse_args(["--pretrained_model_name_or_path", "x", "--task", "style"])
-    ids = [str(row) for row in range(10, 70, 10)]
-    index_of_id = {record_id: index for index, record_id in enumerate(ids)}
-    assert train_pso_lora_sdxl.reference_indices(args, 0, ids[::-1], index_of_id, 6) == [5, 4, 3, 2, 1, 0]
-    args.task = "concept"
-    epochs = [train_pso_lora_sdxl.reference_indices(args, epoch, ids, {}, 6) for epoch in range(20)]
-    assert set(sum(epochs, [])) == set(range(6)) and len(set(map(tuple, epochs))) == 20
-    assert train_pso_lora_sdxl.reference_indices(args, 3, ids[2:4], {}, 6) == epochs[3][2:4]
-
-
 # ---- Cache ----
 
 
@@ -428,7 +443,7 @@ def opened(monkeypatch) -> list[str]:
         events.append("encode prompts")
         return encode_prompts(self, prompts)
 
-    monkeypatch.setattr(Image, "open", lambda *args: (events.append("open"), open_image(*args))[1])
+    monkeypatch.setattr(Image, "open", lambda *args, **kw: (events.append("open"), open_image(*args, **kw))[1])
     monkeypatch.setattr(Family, "encode_images", encode)
     monkeypatch.setattr(SDXL, "encode_prompts", encode_text)
     monkeypatch.setattr(Accelerator, "backward", lambda *args: (events.append("backward"), backward(*args))[1])
@@ -468,6 +483,22 @@ def test_references_are_cached_anew_at_each_refresh(flags, tmp_path, opened):
     # With other references, the caches of both steps are not taken over
     assert_same_run(run(flags("style", output_dir=cached, learning_rate=1e-3, cache_latents=True, **changes)),
                     run(flags("style", output_dir=tmp_path / "other", learning_rate=1e-3, **changes)))  # fmt: skip
+
+
+def test_a_base_that_is_saved_anew_has_its_own_references_and_caches(flags, tmp_path):
+    """Under the same name, with files of the same sizes."""
+    changes = {"pretrained_model_name_or_path": tmp_path / "base", "cache_latents": True, "center_crop": True}
+    changes |= {"max_train_steps": 1}
+    build_pipeline(seed=0).save_pretrained(tmp_path / "base")
+    first = run(flags("style", output_dir=tmp_path / "first", **changes))
+    for folder in ("references", "cache"):
+        shutil.copytree(first / folder, tmp_path / "used" / folder)
+    build_pipeline(seed=1).save_pretrained(tmp_path / "base")
+    for folder in ("used", "fresh"):
+        run(flags("style", output_dir=tmp_path / folder, **changes))
+    assert_same_run(tmp_path / "used", tmp_path / "fresh")
+    for path in (tmp_path / "fresh" / "references").rglob("*.png"):
+        assert (tmp_path / "used" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
 
 
 # ---- Early stopping ----
@@ -549,13 +580,13 @@ def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, task
     (tmp_path / "shards").mkdir()
     for shard in range(3):
         shutil.copy(tasks / "pairs.parquet", tmp_path / "shards" / f"train-{shard:05d}-of-00003.parquet")
-    seen, make_pairs = [], train_pso_lora_sdxl.make_pairs
+    seen, draw_noise = [], minibatches.draw_noise
 
-    def record(args, family, embed, batch, references, *, epoch):
-        seen.extend((epoch, record_id) for record_id in batch.ids)
-        return make_pairs(args, family, embed, batch, references, epoch=epoch)
+    def record(record_ids, shape, *, seed, epoch):
+        seen.extend((epoch, record_id) for record_id in record_ids)
+        return draw_noise(record_ids, shape, seed=seed, epoch=epoch)
 
-    monkeypatch.setattr(train_pso_lora_sdxl, "make_pairs", record)
+    monkeypatch.setattr(minibatches, "draw_noise", record)
     changes = {"dataset_name": tmp_path / "shards", "streaming": True, "checkpointing_steps": 3, "train_batch_size": 4}
     whole = run(flags(output_dir=tmp_path / "whole", max_train_steps=10, **changes))  # 5 steps an epoch, the last of 2
     undisturbed = seen.copy()
@@ -570,6 +601,19 @@ def test_a_stream_that_was_interrupted_sees_every_pair_once_an_epoch(flags, task
         run(flags(output_dir=half, max_train_steps=10, resume_from_checkpoint="latest", **changes))
         assert seen == undisturbed
         assert_same_run(half, whole)
+
+
+def test_an_epoch_of_a_stream_goes_on_with_as_many_processes(tasks):
+    stream = load_preference_pairs(str(tasks / "pairs.parquet"), streaming=True)
+    table = load_preference_pairs(str(tasks / "pairs.parquet"))
+    state = train_pso_lora_sdxl.OfflineState(position=4, num_processes=2)
+    train_pso_lora_sdxl.check_stream_position(stream, state, 2)
+    with pytest.raises(UserError, match="this epoch was begun by 2 processes, .* resume with 2"):
+        train_pso_lora_sdxl.check_stream_position(stream, state, 3)
+    train_pso_lora_sdxl.check_stream_position(table, state, 3)
+    state.position = 0
+    train_pso_lora_sdxl.check_stream_position(stream, state, 1)
+    assert state.num_processes == 1
 
 
 @pytest.mark.slow
@@ -702,6 +746,6 @@ def test_an_unexpected_error_keeps_its_traceback(flags, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("not of what a user can mend")
 
-    monkeypatch.setattr(train_pso_lora_sdxl, "make_pairs", fail)
+    monkeypatch.setattr(train_pso_lora_sdxl, "watch_repulsion", fail)
     with pytest.raises(ValueError, match="not of what a user can mend"):
         run(flags())

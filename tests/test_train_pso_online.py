@@ -25,7 +25,9 @@ from script_runs import (
     cuda_synchronizations_are_errors,
     error_line,
     metrics,
+    readme_flags,
     run_killed_and_resumed,
+    run_with_a_learnt_lora,
     to_flags,
     two_processes,
     watch_moves,
@@ -207,12 +209,18 @@ def test_the_update_does_not_synchronize_with_the_gpu(flags, monkeypatch):
         run(flags(max_train_steps=2))
 
 
-def test_few_functions_run_between_two_backward_calls(flags, monkeypatch):
+def test_few_functions_run_between_two_microbatches_of_the_readmes_command(tiny_pipeline_dir, tmp_path, monkeypatch):
+    """There, a minibatch is one microbatch, at each of three trained steps."""
+    changes = {"pretrained_model_name_or_path": tiny_pipeline_dir, "reward": "jpeg_compressibility"}
+    changes |= {"output_dir": tmp_path / "out", "max_train_steps": 2, "num_validation_images": 0}
+    changes |= {"sample_batch_size": 2, "sample_batches_per_epoch": 2, "samples_per_prompt": 2}
     with between_backward_calls(monkeypatch) as intervals:
-        run(flags(max_train_steps=2))
-    functions = set().union(*(interval.functions for interval in intervals if not interval.has_step))
+        run([*readme_flags("demo"), *to_flags(changes)])
+    intervals = [interval.functions for interval in intervals if not interval.has_step]
+    functions = set().union(*intervals)
     print(f"{len(functions)} functions:", *sorted(functions), sep="\n  ")
-    assert 4 <= len(functions) <= 10
+    assert len(intervals) == 4
+    assert 4 <= len(functions) <= 8
 
 
 # ---- What is computed ----
@@ -478,6 +486,24 @@ def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp
     one = run(to_flags(values | {"output_dir": tmp_path / "one", "train_batch_size": 4}))
     assert [line.get("ties") for line in metrics(one) if "loss" in line] == [1, None, 0, None]
     assert_nearly_same_run(one, tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_with_several_minibatches_have_the_mean_loss_of_one(
+    tiny_pipeline_dir, workspace, tmp_path, monkeypatch
+):
+    """Each permutes its own pairs, so the minibatches hold others than one process's; with a learning rate that changes
+    nothing, all of an epoch's together have the same mean. A tie leaves the processes 4 and 3 pairs."""
+    monkeypatch.chdir(workspace)
+    values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "two") | {"reward": "own_reward:ties"}
+    values |= {"sample_batch_size": 4, "sample_batches_per_epoch": 1, "train_batch_size": 1}
+    values |= {"max_train_steps": 4, "learning_rate": 1e-12}
+    one = {"sample_batch_size": 8, "train_batch_size": 2, "output_dir": tmp_path / "one"}
+    run_with_a_learnt_lora("train_pso_online", [(to_flags(values), 2), (to_flags(values | one), 1)])
+    losses = np.array([[line["loss"] for line in metrics(tmp_path / name)] for name in ("one", "two")])
+    assert abs(losses[0] - losses[1]).max() > 0.01
+    one, two = losses @ [2, 2, 2, 1] / 7  # the pairs of each minibatch, on all processes
+    assert one == pytest.approx(two, rel=1e-4) and abs(one - np.log(2)) > 0.01
 
 
 def test_a_copy_of_the_script_runs_elsewhere_with_a_reward_beside_it(tiny_pipeline_dir, workspace, tmp_path):

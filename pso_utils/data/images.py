@@ -1,6 +1,9 @@
 """Images of any kind as RGB, a pair of them as tensors with one size, crop and flip for both, and a record's draws."""
 
+import errno
 import io
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,26 +14,41 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from pso_utils.errors import UserError
+from pso_utils.errors import UserError, first_line
 from pso_utils.keyed_rng import Key, keyed_noise, keyed_uniform
 
 
 # ---- Decoding ----
 
+# Not all that Pillow knows: for EPS it starts Ghostscript, and others' readers are seldom looked at
+Image.init()
+FORMATS = tuple(
+    name for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+)
+SCHEMES = ("hf", "http", "https", "s3", "gs")
+MAX_PIXELS = 2**27  # 400 MB as RGB
+MAX_FILE_SIZE = 2**30  # bytes
+
+# What the operating system says of a path that leads to no file, in contrast to a disk or a network that fails
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class BrokenImage(UserError):
-    """An image that is missing, unreadable or cut off; the message names its file, if it has one."""
+    """An image that is missing, unreadable, too large or cut off; the message names its file, if it has one."""
 
 
-def decode_image(image, folder: str | Path = "") -> Image.Image:
-    """An RGB image, turned upright by its EXIF orientation; transparency is laid on white, 16 bits are scaled to 8.
+def decode_image(image, folders: Sequence[Path] | None = None) -> Image.Image:
+    """An RGB image, turned upright by its EXIF orientation; transparency is laid on white, 16 bits and floats are
+    scaled to 8 bits.
 
     Args:
         image: bytes, a path or URL, {"bytes": ..., "path": ...} (either may be None), or a PIL image.
-        folder: where a relative path starts.
+        folders: those that a path of a data set's row may lead into; a relative one starts in the first. None: the
+            path is the user's own.
 
     Raises:
         BrokenImage: there is no image, or it cannot be read to its end.
+        UserError: a path or URL that a row may not name, or that cannot be reached.
     """
     path = None
     if isinstance(image, dict):
@@ -43,26 +61,79 @@ def decode_image(image, folder: str | Path = "") -> Image.Image:
         raise BrokenImage(f"{file}there is no image")
     if not isinstance(image, bytes | str | Path | Image.Image):
         raise BrokenImage(f"{file}a {type(image).__name__} is no image; pass a column of image bytes or paths")
+    if isinstance(image, str | Path):
+        image = read_bytes(image, folders)
     try:
-        if isinstance(image, str | Path):
-            image = read_file(image, folder)
         if isinstance(image, bytes):
-            image = Image.open(io.BytesIO(image))
-        image.load()
-        image = upright(image)
+            image = Image.open(io.BytesIO(image), formats=FORMATS)
+        is_too_large = image.width * image.height > MAX_PIXELS
+        if not is_too_large:
+            image.load()
+            image = upright(image)
     except UnidentifiedImageError:
-        raise BrokenImage(f"{file}not an image that Pillow reads") from None
-    except Exception as error:  # Pillow's decoders raise a dozen unrelated classes for damaged files, fsspec for URLs
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BrokenImage(f"{file}{reason}") from error
+        raise BrokenImage(f"{file}not an image that Pillow reads as one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's decoders raise a dozen unrelated classes for damaged files
+        raise BrokenImage(f"{file}{str(error) or type(error).__name__}") from error
+    if is_too_large:
+        raise BrokenImage(f"{file}{image.width} x {image.height} pixels are more than {MAX_PIXELS}; make it smaller")
     return to_rgb(image)
 
 
-def read_file(path: str | Path, folder: str | Path) -> bytes:
-    if "://" in str(path):  # of a streamed data set
-        with fsspec.open(str(path), "rb") as file:
-            return file.read()
-    return Path(folder, path).read_bytes()
+def read_bytes(path: str | Path, folders: Sequence[Path] | None) -> bytes:
+    """What a path or URL leads to; `folders` and errors as in `decode_image`."""
+    try:
+        if "://" in str(path):
+            return read_url(str(path), folders)
+        file = regular_file(path, folders)
+        size = file.stat().st_size
+        if size > MAX_FILE_SIZE:
+            raise BrokenImage(f"{path}: {size} bytes are more than {MAX_FILE_SIZE}; make it smaller")
+        return file.read_bytes()
+    except ValueError as error:  # a zero byte or a surrogate in the path
+        raise BrokenImage(f"{str(path)!r}: {error}") from error
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            raise BrokenImage(f"{path}: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): mend that, then go on") from error
+
+
+def regular_file(path: str | Path, folders: Sequence[Path] | None) -> Path:
+    """Where a path leads, links followed; a FIFO or a device could be read without end."""
+    file = Path(os.path.realpath(os.path.join(*(folders or [])[:1], path)))
+    if folders is not None and not any(file.is_relative_to(os.path.realpath(folder)) for folder in folders):
+        raise UserError(
+            f"{path} leads out of {folders[0]}: the rows of a data set may name files in its own folder alone, links"
+            " followed; copy the images there"
+        )
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise BrokenImage(f"{path}: not a regular file")
+    return file
+
+
+def read_url(url: str, folders: Sequence[Path] | None) -> bytes:
+    """What a URL leads to, or a file in a zip archive, as `datasets` names those of zipped folders."""
+    member, _, location = url.rpartition("::")
+    is_allowed = not member or (member.startswith("zip://") and "::" not in member)  # others run code
+    if "://" in location:
+        is_allowed = is_allowed and location.partition("://")[0] in SCHEMES
+    else:
+        location = str(regular_file(location, folders))
+        is_allowed = is_allowed and "::" not in location
+    if not is_allowed:
+        raise UserError(
+            f"{url}: the rows of a data set may name URLs of {', '.join(SCHEMES)} alone, and files in zip archives;"
+            " store the images themselves in it"
+        )
+    try:
+        with fsspec.open(f"{member}::{location}" if member else url, "rb") as file:
+            data = file.read(MAX_FILE_SIZE + 1)
+    except FileNotFoundError as error:
+        raise BrokenImage(f"{url}: there is no such file") from error
+    except Exception as error:  # each file system has its own for an outage, for which no image is to blame
+        raise UserError(f"{url} cannot be read ({first_line(error)}): mend that, then go on") from error
+    if len(data) > MAX_FILE_SIZE:
+        raise BrokenImage(f"{url}: more than {MAX_FILE_SIZE} bytes; make it smaller")
+    return data
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -73,10 +144,13 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The RGB version of a PIL image of any mode: transparency is laid on white, 16 bits are scaled to 8."""
-    if image.mode.startswith("I"):  # 16-bit grayscale: `convert` would clip it at 255
-        values = np.asarray(image).astype(np.float32)
-        if image.mode != "I" or values.max() > 255:
+    """The RGB version of a PIL image of any mode: transparency is laid on white, 16 bits and floats are scaled to 8
+    bits, floats from [0, 1] where none is above 1."""
+    if image.mode.startswith("I") or image.mode == "F":  # grayscale that `convert` would clip at 255
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        if image.mode == "F" and values.max() <= 1:
+            values *= 255
+        elif image.mode.startswith("I;") or values.max() > 255:
             values /= 257
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -167,10 +241,14 @@ def transform_pair(
     else:
         top, left = (min(int(fraction * (side + 1)), side) for fraction, side in zip(augmentation.crop, room))
 
+    # The crop alone is scaled: the whole of an image of 1 x 3000 pixels would take gigabytes
+    first = room[1] - left if augmentation.flip else left  # in the image that is not flipped
+    corners = np.array([[first, top], [first + resolution, top + resolution]])
+    box = (corners * target.size / [width, height]).clip(0, target.size).flatten().tolist()
+
     def pixels(image: Image.Image) -> Tensor:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        image = ImageOps.mirror(image) if augmentation.flip else image
-        return pixels_of(image.crop((left, top, left + resolution, top + resolution)))
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+        return pixels_of(ImageOps.mirror(image) if augmentation.flip else image)
 
     reference_pixels = None if reference is None else pixels(reference)
     return PairPixels(pixels(target), reference_pixels, (target.height, target.width), (top, left))

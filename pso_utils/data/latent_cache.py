@@ -1,6 +1,5 @@
 """Tensors on disk, so that each image passes through the VAE once."""
 
-import hashlib
 import json
 import logging
 import math
@@ -25,16 +24,6 @@ from pso_utils.families import Family
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "settings.json"
-
-
-def fingerprint(*modules: torch.nn.Module) -> str:
-    """A hash of modules' weights and precision: what was computed by others is not taken for theirs."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def prepare_folder(folder: Path, settings: dict) -> None:
@@ -106,14 +95,13 @@ class LatentCache:
     """The latents of a table's records on disk, by record and flip, filled before training.
 
     Args:
-        folder: emptied if another data set, size or VAE filled it.
+        folder: emptied if another data set, size or model filled it.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, family: Family, loader: PairLoader):
         self.cache, self.accelerator, self.family, self.loader = TensorCache(folder), accelerator, family, loader
         if accelerator.is_main_process:
-            vae, resolution = family.pipeline.vae, loader.resolution
-            settings = {"vae": fingerprint(vae), "tiling": vae.use_tiling, "resolution": resolution}
+            settings = {"model": family.origin, "resolution": loader.resolution}
             prepare_folder(folder, {**settings, "data": loader.source.fingerprint})
         accelerator.wait_for_everyone()
 

@@ -7,11 +7,13 @@ from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pso_utils.data.images import Augmentation, BrokenImage, decode_image, draw_augmentation, transform_pair
-from pso_utils.data.pairs import Stream, Table
+from pso_utils.data.pairs import Stream, Table, only_ties
 from pso_utils.data.readers import describe
 from pso_utils.errors import UserError
 
@@ -40,9 +42,9 @@ class RecordBatch(NamedTuple):
 class Minibatch(NamedTuple):
     """The records of one optimizer step.
 
-    size: on all processes, broken ones included. end: how many records of the epoch are done after this minibatch,
-    where a resumed run starts. microbatches: those of this process, in order, one at least; to be read before the next
-    minibatch.
+    size: on all processes (of a stream that several share, on this one), broken ones included. end: how many records
+    of the epoch are done after this minibatch, where a resumed run starts. microbatches: those of this process, in
+    order, one at least; to be read before the next minibatch.
     """
 
     size: int
@@ -62,6 +64,9 @@ class _Job(NamedTuple):
 class PairLoader:
     """Deals out a source: each epoch is an order of all records, cut into minibatches of `minibatch_size` (the last may
     be smaller); process r of P takes the r-th of P contiguous parts of each, in microbatches of `train_batch_size`.
+
+    A stream that several processes share is split among them instead (`Stream.order`). Where one's part ends before the
+    others', it goes on with empty minibatches until all have ended, and `Minibatch.end` counts whole minibatches.
 
     A record's crop and flip are a function of (seed, epoch, record): neither the processes, nor the workers, nor
     where the run was resumed change what is seen.
@@ -95,12 +100,15 @@ class PairLoader:
         Raises:
             UserError: a broken image without `skip_broken_images`, a caption that is no string, an unreadable file.
         """
-        return _joined(self._read(self._jobs(epoch, start), partial(self._augmentation, epoch)))
+        augment = partial(self._augmentation, epoch)
+        empty = self._pair_batch([], augment)
+        return self._in_step(_joined(self._read(self._jobs(epoch, start), augment)), start, empty)
 
     def record_minibatches(self, epoch: int, start: int = 0) -> Iterator[Minibatch]:
         """The same minibatches, of `RecordBatch`, for a run that has all latents: of a table no image is read, so that
         broken ones are not noticed, and none is left out."""
-        return _joined((job.size, job.end, self._record_batch(job.items, epoch)) for job in self._jobs(epoch, start))
+        batches = ((job.size, job.end, self._record_batch(job.items, epoch)) for job in self._jobs(epoch, start))
+        return self._in_step(_joined(batches), start, self._record_batch([], epoch))
 
     def stored_order(
         self, *, flip: bool, is_done: Callable[[list[str]], bool]
@@ -131,13 +139,42 @@ class PairLoader:
             generator=torch.Generator(),  # it draws a seed for the workers; the global generator is the script's
         )
 
+    @property
+    def _is_split(self) -> bool:
+        return isinstance(self.source, Stream) and self.num_processes > 1
+
     def _jobs(self, epoch: int, start: int) -> Iterator[_Job]:
+        for size, end, part in self._parts(epoch, start):
+            for first in range(0, max(len(part), 1), self.train_batch_size):
+                yield _Job(size, end, part[first : first + self.train_batch_size])
+
+    def _parts(self, epoch: int, start: int) -> Iterator[tuple[int, int, list]]:
+        """(size, end, this process's items) of each minibatch."""
+        if self._is_split:
+            ranks = {"num_processes": self.num_processes, "process_index": self.process_index}
+            items = self.source.order(seed=self.seed, epoch=epoch, **ranks)
+            own_size = len(contiguous_part(range(self.minibatch_size), self.num_processes, self.process_index))
+            items = islice(items, start // self.minibatch_size * own_size, None)
+            while part := list(islice(items, own_size)):
+                start += self.minibatch_size
+                yield len(part), start, part
+            return
         items = islice(self.source.order(seed=self.seed, epoch=epoch), start, None)
         while minibatch := list(islice(items, self.minibatch_size)):
             start += len(minibatch)
-            part = contiguous_part(minibatch, self.num_processes, self.process_index)
-            for first in range(0, max(len(part), 1), self.train_batch_size):
-                yield _Job(len(minibatch), start, part[first : first + self.train_batch_size])
+            yield len(minibatch), start, contiguous_part(minibatch, self.num_processes, self.process_index)
+
+    def _in_step(self, minibatches: Iterator[Minibatch], start: int, empty: PairBatch | RecordBatch):
+        """The minibatches, followed by empty ones while other processes still have some."""
+        if not self._is_split:
+            yield from minibatches
+            return
+        end = start
+        while on_any_process((minibatch := next(minibatches, None)) is not None):
+            end += self.minibatch_size
+            yield Minibatch(0, end, iter([empty])) if minibatch is None else minibatch
+        if end == 0:
+            raise only_ties(self.source.name, self.source.num_ties)
 
     def _augmentation(self, epoch: int, record_id: str) -> Augmentation:
         settings = {"center_crop": self.center_crop, "random_flip": self.random_flip}
@@ -153,8 +190,8 @@ class PairLoader:
         pairs, flipped, records, num_broken = [], [], [], 0
         for record in map(source.record, items):
             try:
-                target = decode_image(record.target, source.folder)
-                reference = decode_image(record.reference, source.folder) if source.has_references else None
+                target = decode_image(record.target, source.folders)
+                reference = decode_image(record.reference, source.folders) if source.has_references else None
             except BrokenImage as error:
                 if not self.skip_broken_images:
                     raise UserError(
@@ -181,6 +218,11 @@ class PairLoader:
             [record.id for record in records],
             num_broken,
         )
+
+
+def on_any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process; all of them ask together."""
+    return bool(reduce(torch.tensor(float(flag), device=PartialState().device), "sum") > 0)
 
 
 def contiguous_part(items: Sequence, num_parts: int, index: int) -> Sequence:

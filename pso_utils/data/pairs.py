@@ -98,12 +98,14 @@ class Table:
     Attributes:
         name: for messages, the flag that it was read by.
         has_references: whether its records are pairs.
-        folder: where the relative image paths of its rows start.
+        folders: where the image paths of its rows may lead; relative ones start in the first.
         num_ties: ties that were left out.
     """
 
-    def __init__(self, dataset, columns: Columns, rows: Sequence[int], *, name: str, folder: Path, num_ties: int = 0):
-        self.name, self.folder, self.num_ties = name, folder, num_ties
+    def __init__(
+        self, dataset, columns: Columns, rows: Sequence[int], *, name: str, folders: Sequence[Path], num_ties: int = 0
+    ):
+        self.name, self.folders, self.num_ties = name, folders, num_ties
         self.has_references = columns.reference is not None
         self._dataset, self._columns, self._rows = dataset, columns, rows
 
@@ -151,16 +153,20 @@ class Stream:
     """
 
     def __init__(
-        self, dataset, columns: Columns, *, name: str, folder: Path, max_records: int | None, shuffle_buffer_size: int
+        self,
+        dataset,
+        columns: Columns,
+        *,
+        name: str,
+        folders: Sequence[Path],
+        max_records: int | None,
+        shuffle_buffer_size: int,
     ):
-        from datasets import IterableDataset  # imported here, as below, because it takes seconds
-
-        self.name, self.folder, self.num_ties = name, folder, 0
+        self.name, self.folders, self.num_ties = name, folders, 0
         self.has_references = columns.reference is not None
         self._dataset, self._columns, self._max_records = dataset, columns, max_records
         # The first so many records are one shard: which they are must not depend on the order of the shards.
         self._shards = [0] if max_records is not None else list(range(dataset.num_shards))
-        self._numbered = IterableDataset.from_generator(self._read, gen_kwargs={"shards": self._shards})
         self._shuffle_buffer_size = shuffle_buffer_size
 
     def _read(self, shards: list[int]) -> Iterator[dict]:
@@ -197,22 +203,30 @@ class Stream:
         """The first so many records as they are stored, without filling the shuffle buffer; raises as `order`."""
         return list(islice(self._pass(self._read(self._shards)), number))
 
-    def order(self, *, seed: int, epoch: int) -> Iterator[Record]:
-        """Every record once: `datasets` shuffles the shards, and a buffer of records, by (seed, epoch).
+    def order(self, *, seed: int, epoch: int, num_processes: int = 1, process_index: int = 0) -> Iterator[Record]:
+        """Every record once over all processes: `datasets` shuffles the shards, and a buffer of records, by (seed,
+        epoch). Each process reads shards of its own; where there are fewer of them than processes, each reads all of
+        them and takes one record of `num_processes`.
 
         Raises:
-            UserError: the stream cannot be read, or has nothing but ties.
+            UserError: the stream cannot be read, or, on one process, has nothing but ties.
         """
+        from datasets import IterableDataset  # imported here, as below, because it takes seconds
+
+        are_enough = len(self._shards) >= num_processes
+        own = self._shards[process_index::num_processes] if are_enough else self._shards
+        numbered = IterableDataset.from_generator(self._read, gen_kwargs={"shards": own})
         generator = np.random.default_rng((seed, epoch))
         buffers = {"buffer_size": self._shuffle_buffer_size, "max_buffer_input_shards": _MAX_OPEN_SHARDS}
-        return self._pass(self._numbered.shuffle(generator=generator, **buffers))
+        records = self._pass(numbered.shuffle(generator=generator, **buffers), may_be_empty=num_processes > 1)
+        return records if are_enough else islice(records, process_index, None, num_processes)
 
-    def _pass(self, records) -> Iterator[Record]:
+    def _pass(self, records, *, may_be_empty: bool = False) -> Iterator[Record]:
         self.num_ties, is_empty = 0, True
         for values in records:
             is_empty = False
             yield Record(**values)
-        if is_empty:
+        if is_empty and not may_be_empty:
             raise only_ties(self.name, self.num_ties)
 
 
@@ -249,7 +263,7 @@ def load_preference_pairs(
     won. With `winner_column` and `loser_column` there is no label, and no tie.
 
     `max_train_samples` keeps the first so many pairs that are no ties. `settings` are those of `readers.open_dataset`.
-    Relative image paths start at the data set's own folder.
+    Image paths lead into the data set's own folder, in which relative ones start.
 
     Raises:
         UserError: the data set cannot be read, lacks a column, is empty, has a label that is none, or only ties.
@@ -260,10 +274,12 @@ def load_preference_pairs(
         columns = Columns(winner_column, caption_column, loser_column)
     else:
         columns = Columns(image_columns[0], caption_column, image_columns[1], label_column)
-    dataset, folder = readers.open_dataset(dataset_name, **settings), readers.dataset_folder(dataset_name)
+    dataset = readers.open_dataset(dataset_name, **settings)
+    folders = readers.row_folders(readers.dataset_folder(dataset_name), settings.get("cache_dir"))
     remedy = "--winner_column and --loser_column (and --caption_column)"
     limits = {"max_records": max_train_samples, "shuffle_buffer_size": shuffle_buffer_size}
-    return make_source(dataset, columns, name=f"--dataset_name {dataset_name}", folder=folder, remedy=remedy, **limits)
+    name = f"--dataset_name {dataset_name}"
+    return make_source(dataset, columns, name=name, folders=folders, remedy=remedy, **limits)
 
 
 def load_images(
@@ -290,7 +306,8 @@ def load_images(
         name, folder = f"--train_data_dir {train_data_dir}", Path(train_data_dir).expanduser()
         dataset = readers.open_image_folder(folder, name, caption_column=caption_column, **settings)
     columns, remedy = Columns(image_column, caption_column), "--image_column and --caption_column"
-    source = make_source(dataset, columns, name=name, folder=folder, remedy=remedy, max_records=max_train_samples)
+    folders = readers.row_folders(folder, settings.get("cache_dir"))
+    source = make_source(dataset, columns, name=name, folders=folders, remedy=remedy, max_records=max_train_samples)
     if train_data_dir is not None and isinstance(source, Table):
         num_images = len(readers.image_files(folder.rglob("*")))
         if num_images > len(dataset):
@@ -310,11 +327,18 @@ def load_instance_images(instance_data_dir: str, *, caption: str = "") -> Table:
     files = readers.images_of_folder(folder, name)
     stats = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]  # for the fingerprint
     dataset = Dataset.from_dict({"image": files, "caption": [caption] * len(files), "stat": stats})
-    return Table(dataset, Columns("image", "caption"), range(len(files)), name=name, folder=folder)
+    return Table(dataset, Columns("image", "caption"), range(len(files)), name=name, folders=[folder])
 
 
 def make_source(
-    dataset, columns: Columns, *, name: str, folder: Path, remedy: str, max_records=None, shuffle_buffer_size=1000
+    dataset,
+    columns: Columns,
+    *,
+    name: str,
+    folders: Sequence[Path],
+    remedy: str,
+    max_records=None,
+    shuffle_buffer_size=1000,
 ) -> Table | Stream:
     """A data set as a source, after checking what can be checked without reading an image. `name` is what errors call
     it, `remedy` the flags that they advise where a column is missing."""
@@ -326,12 +350,12 @@ def make_source(
     first_row(dataset, name)
     if not isinstance(dataset, Dataset):
         limits = {"max_records": max_records, "shuffle_buffer_size": shuffle_buffer_size}
-        return Stream(dataset, columns, name=name, folder=folder, **limits)
+        return Stream(dataset, columns, name=name, folders=folders, **limits)
     rows = range(len(dataset)) if columns.label is None else decided_rows(dataset, columns.label, name)
     num_ties = len(dataset) - len(rows)
     if len(rows) == 0:
         raise only_ties(name, num_ties)
-    table = Table(dataset, columns, rows[:max_records], name=name, folder=folder, num_ties=num_ties)
+    table = Table(dataset, columns, rows[:max_records], name=name, folders=folders, num_ties=num_ties)
     table.captions()  # a caption that is no string is an error now, not when it is trained on
     return table
 

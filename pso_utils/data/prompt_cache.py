@@ -1,10 +1,11 @@
 """What the text encoders make of prompts, so that each is encoded once."""
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from pso_utils.data.latent_cache import TensorCache, fingerprint
+from pso_utils.data.latent_cache import TensorCache
 from pso_utils.families import Conditioning, Family
 
 
@@ -23,7 +24,7 @@ class PromptCache:
 
     def __init__(self, family: Family, *, max_bytes: int = 2**31, store: TensorCache | None = None):
         self.family, self.max_bytes, self.store = family, max_bytes, store
-        self._text_encoders = fingerprint(*family.text_encoders) if store is not None else ""
+        self._origin = json.dumps(family.origin)
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0
 
@@ -56,4 +57,4 @@ class PromptCache:
         return None if entry is None else Conditioning(entry)
 
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(f"{self._text_encoders} {prompt}".encode()).hexdigest()
+        return hashlib.sha256(f"{self._origin} {prompt}".encode()).hexdigest()

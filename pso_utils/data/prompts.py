@@ -77,7 +77,7 @@ def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
 def parse_json(text: str, where: str):
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
         raise UserError(f"{where} is not valid JSON: {error}") from None
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
+from pso_utils.data.images import FORMATS as IMAGE_FORMATS
 from pso_utils.errors import UserError
 
 
@@ -46,12 +48,21 @@ def open_dataset(
     return read_dataset(dataset_name, name, config_name=config_name, **settings)
 
 
-def dataset_folder(dataset_name: str) -> Path:
-    """Where the relative paths in a data set start: its folder, or for one of the hub the current one."""
+def row_folders(folder: Path | None, cache_dir: str | None = None) -> list[Path]:
+    """Where the paths in a data set's rows may lead: into its own folder, in which relative ones start, and to where
+    `datasets` keeps what it downloads and unpacks."""
+    from datasets.config import DOWNLOADED_DATASETS_PATH  # imported here, as everywhere, because it takes seconds
+
+    downloads = Path(cache_dir, "downloads").expanduser() if cache_dir else Path(DOWNLOADED_DATASETS_PATH)
+    return [*([] if folder is None else [folder]), downloads, Path(HF_HUB_CACHE)]
+
+
+def dataset_folder(dataset_name: str) -> Path | None:
+    """A local data set's own folder; None for one of the hub."""
     path = Path(dataset_name).expanduser()
     if path.is_dir():
         return path
-    return path.parent if matching_files(dataset_name) else Path()
+    return path.parent if matching_files(dataset_name) else None
 
 
 def is_local(dataset_name: str) -> bool:
@@ -69,7 +80,7 @@ def matching_files(dataset_name: str) -> list[str]:
 
 
 def open_saved_dataset(path: Path, name: str, split: str):
-    from datasets import load_from_disk  # imported here, as everywhere, because it takes seconds
+    from datasets import load_from_disk
 
     with one_line_errors(name):
         dataset = load_from_disk(str(path))
@@ -95,8 +106,9 @@ def one_line_errors(name: str, *, detail: str = "", remedy: str = ""):
     try:
         yield
     except Exception as error:  # datasets raises a dozen unrelated classes for a source that it cannot read
-        if "corresponds to no data" in str(error):
-            raise UserError(f"{name} is empty; pass one that has rows") from error
+        # the second is pyarrow's for a Parquet file of no rows
+        if re.search("corresponds to no data|BatchSize must be greater than 0", f"{error} {reason(error)}"):
+            raise UserError(f"{name} is empty, or has a file that is; pass one that has rows") from error
         raise UserError(f"cannot read {name}{detail}: {reason(error)}{remedy}") from error
 
 
@@ -125,6 +137,10 @@ def check_caption(caption, where: str) -> str:
         caption = caption.decode("utf-8", errors="replace")
     if not isinstance(caption, str):
         raise UserError(f"{where} has a caption that is no string: {caption!r}; pass another --caption_column")
+    try:
+        caption.encode()
+    except UnicodeEncodeError:  # half of a character that UTF-16 writes as two: JSON can say it, tokenizers cannot
+        raise UserError(f"{where} has a caption with half a character: {caption!r}; mend it") from None
     return caption
 
 
@@ -164,8 +180,7 @@ def check_folder(folder: Path, name: str) -> None:
 
 def image_files(paths: Iterable[Path]) -> list[str]:
     """Those of the paths that are files with an image's suffix, sorted."""
-    Image.init()
-    suffixes = {suffix for suffix, format_name in Image.registered_extensions().items() if format_name in Image.OPEN}
+    suffixes = {suffix for suffix, format_name in Image.registered_extensions().items() if format_name in IMAGE_FORMATS}
     return [str(path) for path in sorted(paths) if path.suffix.lower() in suffixes and path.is_file()]
 
 

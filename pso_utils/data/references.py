@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from pso_utils.data.images import pixels_of
+from pso_utils.data.images import draw_reference_uniform, pixels_of
 from pso_utils.data.latent_cache import TensorCache, prepare_folder
 from pso_utils.families import Family
 
@@ -105,41 +105,61 @@ class ReferenceLatents:
     """The latents of the current references: encoded for each use, or kept on disk beside the images.
 
     Args:
-        is_cached: whether they are kept.
+        images: what is encoded.
+        record_ids: of the records that the images are for, one each, in order; None: each is for any record.
+        is_cached: whether the latents are kept.
         random_flip: whether mirrored ones are asked for, too.
     """
 
-    def __init__(self, references: References, family: Family, *, is_cached: bool, random_flip: bool):
-        self.references, self.family, self.is_cached, self.random_flip = references, family, is_cached, random_flip
+    def __init__(
+        self,
+        images: References,
+        family: Family,
+        *,
+        record_ids: Sequence[str] | None = None,
+        is_cached: bool,
+        random_flip: bool,
+    ):
+        self.images, self.family, self.is_cached, self.random_flip = images, family, is_cached, random_flip
+        self._index_of_record = None
+        if record_ids is not None:
+            self._index_of_record = {record_id: index for index, record_id in enumerate(record_ids)}
+
+    def indices_of(self, record_ids: Sequence[str], *, epoch: int) -> list[int]:
+        """Which image each record is paired with: its own, or any, drawn anew in each epoch."""
+        if self._index_of_record is not None:
+            return [self._index_of_record[record_id] for record_id in record_ids]
+        uniform = draw_reference_uniform(record_ids, seed=self.images.seed, epoch=epoch)
+        return (uniform * len(self.images.captions)).long().tolist()
 
     @property
     def cache(self) -> TensorCache:
-        return TensorCache(self.references.folder / "latents")
+        return TensorCache(self.images.folder / "latents")
 
     def refresh(self, step: int, progress: Callable[[int], None] = lambda count: None):
         """`References.refresh`, and the latents of what is current now, where they are kept; what is offloaded moves
         once. All processes call it."""
         with self.family.parts_loaded():
-            self.references.refresh(step, progress)
+            self.images.refresh(step, progress)
             if self.is_cached:
                 for flip in (False, True) if self.random_flip else (False,):
                     self._fill(flip)
-        self.references.accelerator.wait_for_everyone()
+        self.images.accelerator.wait_for_everyone()
 
     def _fill(self, flip: bool):
         """Encodes this process's part that is not there yet. Always in the same batches, too."""
-        own, batch_size = self.references.own_indices, self.references.batch_size
+        own, batch_size = self.images.own_indices, self.images.batch_size
         for start in range(0, len(own), batch_size):
             indices = own[start : start + batch_size]
             if not all(_key(index, flip) in self.cache for index in indices):
-                latents = self.family.encode_images(self.references.pixels(indices, [flip] * len(indices)))
+                latents = self.family.encode_images(self.images.pixels(indices, [flip] * len(indices)))
                 for index, row in zip(indices, latents.cpu()):
                     self.cache.put(_key(index, flip), {"latents": row})
 
     def __call__(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
         """Latents [B, C, h, w], float32, on the family's device, of current references, mirrored where `flipped`."""
         if not self.is_cached:
-            return self.family.encode_images(self.references.pixels(indices, flipped))
+            return self.family.encode_images(self.images.pixels(indices, flipped))
         keys = [_key(index, flip) for index, flip in zip(indices, flipped)]
         return torch.stack([self.cache.get(key)["latents"] for key in keys]).to(self.family.device)
 

@@ -10,11 +10,11 @@ from accelerate.logging import get_logger
 from diffusers.training_utils import free_memory
 
 from pso_utils.evaluate.drawing import Images, draw_pending, pending_batches
-from pso_utils.evaluate.plan import header, make_plan, model_settings, parse_args
+from pso_utils.evaluate.plan import header, make_plan, parse_args
 from pso_utils.evaluate.results import write_results
 from pso_utils.evaluate.scoring import measure_data_sharpness, score_all
 from pso_utils.run.accelerator import REWARD_DTYPES, make_accelerator, one_line_errors
-from pso_utils.run.models import load_family
+from pso_utils.run.models import load_family, model_settings
 
 
 logger = get_logger(__name__)
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace):
     plan = make_plan(args)
     accelerator = make_accelerator(args)
     logger.setLevel("INFO")
-    images = Images(plan.output_dir / "images", plan.models, model_settings(args))
+    images = Images(plan.output_dir / "images", plan.models, model_settings(args), cache_dir=args.cache_dir)
     pending = pending_batches(plan, images, accelerator, batch_size=args.batch_size)
     data_sharpness = None
     if pending or plan.data is not None:

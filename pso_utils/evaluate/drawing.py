@@ -15,9 +15,10 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from pso_utils.data.prompt_cache import PromptCache
-from pso_utils.evaluate.loras import Model, applied, source_state
+from pso_utils.evaluate.loras import Model, applied
 from pso_utils.evaluate.plan import Plan, Sample, Setting
 from pso_utils.families import Conditioning, Deployment, Family
+from pso_utils.sources import source_state
 
 
 Batch = tuple[Model, Setting, list[Sample]]
@@ -28,12 +29,15 @@ class Images:
 
     Args:
         model_settings: all that they depend on beside LoRA, deployment, prompt and seed; JSON.
+        cache_dir: of LoRAs that were downloaded.
     """
 
-    def __init__(self, folder: Path, models: Sequence[Model], model_settings: dict):
+    def __init__(self, folder: Path, models: Sequence[Model], model_settings: dict, *, cache_dir: str | None = None):
         self.folder = folder
         # as it is now: files that change later are another model's
-        self._states = {model: [model_settings, source_state(model.lora), model.scale] for model in models}
+        self._states = {
+            model: [model_settings, source_state(model.lora, cache_dir=cache_dir), model.scale] for model in models
+        }
 
     def path(self, model: Model, setting: Setting, sample: Sample) -> Path:
         name = f"{sample.prompt_index:05d}-{sample.image_index:02d}.png"

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
-from pso_utils.errors import UserError
+from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.base import quiet_libraries
-from pso_utils.families.lora import lora_matrices
-from pso_utils.sources import WEIGHT_SUFFIXES, check_exists, split_source
+from pso_utils.families.lora import lora_matrices, lora_metadata
+from pso_utils.sources import WEIGHT_SUFFIXES, check_exists, fetch_file, split_source
 
 
 ADAPTER = "evaluated"
@@ -53,18 +53,6 @@ def find_lora(text: str, *, scale: float = 1.0) -> Model:
     return Model(name, source, scale)
 
 
-def source_state(source: str | None):
-    """What changes when a model's files do, as JSON: their names, sizes and times; of a hub's model its name."""
-    if source is None:
-        return None
-    path = Path(*filter(None, split_source(source)))
-    if not path.exists():
-        return source
-    suffixes = (".json", *WEIGHT_SUFFIXES)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in suffixes)
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-
-
 def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cache_dir: str | None = None) -> None:
     """Holds a LoRA's names and shapes against the base's `parts`: diffusers itself only warns of layers that it does
     not know. `text` is the flag's value, for messages.
@@ -75,16 +63,21 @@ def check_lora(text: str, source: str, *, family: type[Family], parts: dict, cac
     location, filename = split_source(source)
     config, layers, weights = parts[family.denoiser_name].config, {}, {}
     try:
+        if filename is not None and filename.endswith(".safetensors"):
+            lora_metadata(fetch_file(location, filename, cache_dir))
         state_dict = family.read_lora(location, filename, denoiser_config=config, cache_dir=cache_dir)
-        for part, model in parts.items():
-            own = lora_matrices(part, model, state_dict)
-            layers |= {f"{part}, {name}": matrices for name, matrices in own.items()}
-            weights |= {f"{part}, {name}": getattr(module, "weight", None) for name, module in model.named_modules()}
     except Exception as error:  # of the hub, the network, the file's format: each library has its own
         raise UserError(
             f"--lora {text} is no LoRA that can be read ({' '.join(str(error).split())[:300]}); pass NAME=PATH with a "
             "folder, a file, a hub id or repo:file"
         ) from error
+    for part, model in parts.items():
+        try:
+            own = lora_matrices(part, model, state_dict)
+        except ValueError as error:  # diffusers', for names of a text encoder that it does not know
+            raise UserError(f"--lora {text} has names that are none of a LoRA's ({first_line(error)})") from error
+        layers |= {f"{part}, {name}": matrices for name, matrices in own.items()}
+        weights |= {f"{part}, {name}": getattr(module, "weight", None) for name, module in model.named_modules()}
     if not layers:
         first = f"its first name is {min(state_dict)}" if state_dict else "it is empty"
         raise UserError(
@@ -113,8 +106,11 @@ def applied(pipeline: DiffusionPipeline, model: Model, *, cache_dir: str | None 
         yield
         return
     location, filename = split_source(model.lora)
-    with quiet_libraries():  # diffusers warns of every LoRA that leaves the text encoders as they are
-        pipeline.load_lora_weights(location, weight_name=filename, adapter_name=ADAPTER, cache_dir=cache_dir)
+    try:
+        with quiet_libraries():  # diffusers warns of every LoRA that leaves the text encoders as they are
+            pipeline.load_lora_weights(location, weight_name=filename, adapter_name=ADAPTER, cache_dir=cache_dir)
+    except Exception as error:  # of diffusers or peft, of any kind, for metadata that somebody made up
+        raise UserError(f"--lora {model.name}={model.lora} does not load ({first_line(error)})") from error
     pipeline.set_adapters(ADAPTER, model.scale)
     try:
         yield

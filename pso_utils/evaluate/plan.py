@@ -15,13 +15,12 @@ from pso_utils.data.pairs import Table, load_images
 from pso_utils.data.prompts import load_prompts
 from pso_utils.data.readers import images_of_folder
 from pso_utils.errors import UserError
-from pso_utils.evaluate.loras import Model, check_lora, find_lora, source_state
+from pso_utils.evaluate.loras import Model, check_lora, find_lora
 from pso_utils.families import Deployment
 from pso_utils.families.loading import ModelInfo, empty_parts
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments
-from pso_utils.run.accelerator import mixed_precision
-from pso_utils.run.models import check_model, make_deployment, model_source
+from pso_utils.run.models import MODEL_FLAGS, MODEL_SOURCES, check_model, make_deployment, model_source
 from pso_utils.sources import check_exists
 
 
@@ -189,18 +188,6 @@ def noise_seed(seed: int, prompt_index: int, image_index: int) -> int:
 
 
 # ---- What is kept of the flags ----
-
-MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
-                 "distilled_transformer", "distillation_lora"]  # fmt: skip
-MODEL_FLAGS = ["revision", "variant", "scheduler_config", "scheduler", "timestep_spacing", "original_inference_steps",
-               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "allow_tf32", "enable_vae_tiling",
-               "enable_xformers_memory_efficient_attention"]  # fmt: skip
-
-
-def model_settings(args: argparse.Namespace) -> dict:
-    """All that images depend on beside LoRA, deployment, prompt and seed; JSON."""
-    settings = {name: source_state(getattr(args, name)) for name in MODEL_SOURCES}
-    return settings | {name: getattr(args, name) for name in MODEL_FLAGS} | {"mixed_precision": mixed_precision(args)}
 
 
 def header(args: argparse.Namespace) -> dict:

@@ -105,17 +105,21 @@ def score_images(plan: Plan, images: Images, reward: Rewards, accelerator: Accel
                 scores[row, list(indices)] = score_or_nan(reward, *batch, failures).numpy()
                 bar.update(len(samples))
     if failures:
-        logger.warning(f"{len(failures)} images were not scored: {failures[0]}", main_process_only=False)
+        error = failures[0]
+        reason = "; ".join([first_line(error), *getattr(error, "__notes__", [])])
+        message = f"{len(failures)} images were not scored: {reason}"
+        exc_info = None if isinstance(error, UserError) else error
+        logger.warning(message, exc_info=exc_info, main_process_only=False)
     return scores
 
 
-def score_or_nan(reward: Rewards, images: list[Image.Image], prompts: list[str], failures: list[str]) -> Tensor:
-    """Scores [B]; of a batch that fails, each image's own, NaN where that fails too, with the reason in `failures`."""
+def score_or_nan(reward: Rewards, images: list[Image.Image], prompts: list[str], failures: list[Exception]) -> Tensor:
+    """Scores [B]; of a batch that fails, each image's own, NaN where that fails too: its exception is in `failures`."""
     try:
         return reward(images, prompts)[0]
     except Exception as error:  # whatever a reward raises of one image, the others are scored
         if len(images) == 1:
-            failures.append("; ".join([first_line(error), *getattr(error, "__notes__", [])]))
+            failures.append(error.with_traceback(None) if failures else error)  # which would keep its images
             return torch.tensor([math.nan])
     scores = [score_or_nan(reward, [image], [prompt], failures) for image, prompt in zip(images, prompts)]
     return torch.cat(scores)
@@ -129,7 +133,7 @@ def data_pixels(data: Table, rows: Sequence[int], resolution: int) -> Iterator[T
     for row in rows:
         record = data.record(row)
         try:
-            image = decode_image(record.target, data.folder)
+            image = decode_image(record.target, data.folders)
         except BrokenImage as error:
             raise UserError(f"{describe(record.id)} of {data.name}, --image_column: {error}") from error
         yield transform_pair(image, None, resolution=resolution).target

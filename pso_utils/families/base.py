@@ -20,8 +20,9 @@ on which tests/families/test_every_family.py holds the adapter against diffusers
 """
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import ClassVar, NamedTuple
 
@@ -34,17 +35,18 @@ from diffusers.training_utils import free_memory, offload_models
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
 
 
+logger = logging.getLogger(__name__)
+
+
 class Conditioning(dict[str, Tensor]):
     """What the denoiser takes beside latents and timesteps: tensors by name, of one prompt without a batch dimension,
     or of a batch [B, ...]."""
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning({name: function(tensor) for name, tensor in self.items()})
 
     def rows(self, index: Tensor | slice) -> "Conditioning":
         """The rows `index` of a batch."""
@@ -52,14 +54,14 @@ class Conditioning(dict[str, Tensor]):
 
     def repeat(self, count: int) -> "Conditioning":
         """The whole batch, `count` times."""
-        return self._map(lambda tensor: tensor.repeat(count, *[1] * (tensor.ndim - 1)))
+        return Conditioning({name: torch.cat([tensor] * count) for name, tensor in self.items()})
 
     def repeat_interleave(self, count: int) -> "Conditioning":
         """Each row `count` times."""
-        return self._map(lambda tensor: tensor.repeat_interleave(count, dim=0))
+        return Conditioning({name: tensor.repeat_interleave(count, dim=0) for name, tensor in self.items()})
 
     def to(self, device: str | torch.device, *, copy: bool = False) -> "Conditioning":
-        return self._map(lambda tensor: tensor.to(device, copy=copy))
+        return Conditioning({name: tensor.to(device, copy=copy) for name, tensor in self.items()})
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +122,9 @@ class Family(ABC):
         max_sequence_length: tokens of a prompt, for pipelines that take it; None: the family's default.
         offload: whether text encoders and VAE are on the CPU except where they are used.
         vae_batch_size: images that the VAE takes at once.
+
+    Attributes:
+        origin: all that latents and embeddings depend on, JSON; what is kept on disk is another one's where it differs.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -128,11 +133,14 @@ class Family(ABC):
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
     unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
+    scheduler_values: ClassVar[dict] = {}  # what the pipeline sets in its scheduler's configuration when it is made
+    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # the one class that the pipeline runs; None: several
     guidance_scales: ClassVar[GuidanceScales]
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
     longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
+    card_note: ClassVar[str | None] = None  # what the model card says of its code
     lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise; see `default_lora_targets`
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
@@ -158,6 +166,13 @@ class Family(ABC):
         self.offload_text_encoders = self.offload_vae = offload
         self.vae_batch_size = vae_batch_size
         self.lora_layers: list = []
+        # parts that diffusers must be told to leave out: the unused ones, and what the pipeline was saved without
+        absent = [name for name, part in pipeline.components.items() if part is None]
+        self.absent_parts = [
+            name for name in absent if name in self.unused_parts or name not in pipeline._optional_components
+        ]
+        self._warned_of_long_prompts = False
+        self.origin: dict = {}
         self._loaded_parts: ExitStack | None = None
         self._drawer = _without_text_encoders(pipeline)
 
@@ -237,6 +252,16 @@ class Family(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
 
+    def warn_of_long_prompts(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Once: diffusers would warn of every prompt and text encoder, with all that was cut off."""
+        if self._warned_of_long_prompts:
+            return
+        for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
+            if len(tokens) > limit:
+                self._warned_of_long_prompts = True
+                logger.warning(f"prompts are cut off after {limit} tokens, the first one is: {prompt[:80]!r} ...")
+                return
+
     def collate(
         self,
         conditionings: Sequence[Conditioning],
@@ -273,6 +298,8 @@ class Family(ABC):
         else:
             arguments = {"num_inference_steps": deployment.num_inference_steps}
         arguments["guidance_scale"] = self.guidance_scale
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
         if self.max_sequence_length is not None:
@@ -417,6 +444,7 @@ def _without_text_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     values |= {name: None for name in parameters if name.startswith(("text_encoder", "tokenizer"))}
     if "add_watermarker" in parameters:
         values["add_watermarker"] = False
-    drawer = type(pipeline)(**values)
+    with quiet_libraries():  # which have warned of what is left out
+        drawer = type(pipeline)(**values)
     drawer.set_progress_bar_config(disable=True)
     return drawer

@@ -9,7 +9,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from pso_utils.families.base import Deployment, Family
+from pso_utils.families.base import Conditioning, Deployment, Family
 
 
 class FlowFamily(Family):
@@ -21,7 +21,9 @@ class FlowFamily(Family):
 
     @classmethod
     def size_multiple(cls, vae_config: dict) -> int:
-        return cls.latents_per_patch * 2 ** (len(vae_config["block_out_channels"]) - 1)
+        # the name that AutoencoderKLQwenImage has for its downsamplings, or AutoencoderKL's blocks, the last without
+        downsamplings = vae_config.get("temperal_downsample") or vae_config["block_out_channels"][1:]
+        return cls.latents_per_patch * 2 ** len(downsamplings)
 
     @classmethod
     def sigmas(cls, num_inference_steps: int) -> list[float]:
@@ -42,6 +44,26 @@ class FlowFamily(Family):
         num_patches = (height // multiple) * (width // multiple)
         mu = cls.shift(scheduler, num_inference_steps, num_patches=num_patches)
         return {"sigmas": cls.sigmas(num_inference_steps), "mu": mu}
+
+
+# ---- Prompts of unlike length ----
+
+
+def ragged(prompt_embeds: Tensor) -> Conditioning:
+    """Of one prompt: its embeddings [S, ...], with the mask that tells them from what pads them in a batch."""
+    mask = torch.ones(len(prompt_embeds), dtype=torch.bool, device=prompt_embeds.device)
+    return Conditioning(prompt_embeds=prompt_embeds, prompt_mask=mask)
+
+
+def without_padding(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
+    """A batch's embeddings [B, S, ...], cut to its longest prompt, and its mask [B, S]: None where all are as long."""
+    prompt_embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_mask"]
+    lengths = mask.sum(dim=1).tolist()
+    longest = max(lengths)
+    return prompt_embeds[:, :longest], mask[:, :longest] if min(lengths) < longest else None
+
+
+# ---- Packed latents ----
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family, find_family
+from pso_utils.families.lora import lora_metadata
 from pso_utils.schedules import convert_scheduler
 from pso_utils.sources import (
     WEIGHT_SUFFIXES,
@@ -69,18 +70,22 @@ class ModelInfo(NamedTuple):
     denoiser_config: dict  # of the one that is trained
     vae_config: dict
     scheduler: SchedulerMixin  # converted as the source says
+    absent_parts: tuple[str, ...]  # of the pipeline: the unused ones, and those that it was saved without
 
 
 def read_config(model_class, location: str, subfolder: str | None = None, **files) -> dict:
     """A part's configuration; raises UserError where there is none to be read."""
+    part = f"{location}, {subfolder}" if subfolder else location
     try:
-        return model_class.load_config(location, subfolder=subfolder, **files)
+        config = model_class.load_config(location, subfolder=subfolder, **files)
     except OSError as error:
-        part = f"{location}, {subfolder}" if subfolder else location
         raise UserError(
             f"{part}: no configuration can be read ({first_line(error)}); pass a whole diffusers folder, or a hub id"
             " that can be reached from here"
         ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"{part}: its configuration is no JSON object; pass a whole diffusers folder")
+    return config
 
 
 def read_model_info(source: ModelSource) -> ModelInfo:
@@ -100,16 +105,24 @@ def read_model_info(source: ModelSource) -> ModelInfo:
             "(for a denoiser alone use --distilled_unet or --distilled_transformer)"
         )
     model_index = read_config(DiffusionPipeline, base, **source.files)
-    family = find_family(model_index.get("_class_name"), base)
+    pipeline_class, scheduler = model_index.get("_class_name"), model_index.get("scheduler")
+    is_pair = isinstance(scheduler, list) and len(scheduler) == 2 and isinstance(scheduler[1], str)
+    if not isinstance(pipeline_class, str) or not is_pair:
+        raise UserError(f"{base}: its model_index.json does not name the classes of the pipeline and of its scheduler")
+    family = find_family(pipeline_class, base)
     family.check_pipeline(model_index)
     base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
     denoiser_config = _check_distilled_denoiser(source, family, base_config)
     if source.distillation_lora is not None:
-        _check_weight_file("--distillation_lora", source.distillation_lora)
+        path = _check_weight_file("--distillation_lora", source.distillation_lora)
+        if path is not None and path.suffix == ".safetensors":
+            lora_metadata(str(path))
 
     scheduler = _read_scheduler(source, model_index)
     scheduler = _converted(source, family, denoiser_config, scheduler)
-    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler)
+    missing = [name for name, value in model_index.items() if value == [None, None]]
+    absent_parts = (*family.unused_parts, *missing)
+    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler, absent_parts)
 
 
 def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
@@ -124,7 +137,10 @@ def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
     unknown = sorted(key for key in own if not key.startswith("_") and key not in signature(scheduler_class).parameters)
     if unknown:
         raise UserError(f"--scheduler_config: {name} has no {unknown[0]}; pass what it takes, as JSON")
-    return scheduler_class.from_config({**config, **own})
+    try:
+        return scheduler_class.from_config({**config, **own})
+    except (TypeError, ValueError) as error:  # diffusers', for values of another kind
+        raise UserError(f"{base}, scheduler: its configuration makes no {name} ({first_line(error)})") from error
 
 
 def _read_vae_config(source: ModelSource, family: type[Family]) -> dict:
@@ -143,12 +159,21 @@ def _converted(source: ModelSource, family: type[Family], denoiser_config: dict,
     original_inference_steps = source.original_inference_steps
     if original_inference_steps is None and source.scheduler == "lcm":
         original_inference_steps = family.original_inference_steps(denoiser_config)
-    return convert_scheduler(
+    scheduler = convert_scheduler(
         scheduler,
         source.scheduler,
         timestep_spacing=source.timestep_spacing,
         original_inference_steps=original_inference_steps,
     )
+    if family.only_scheduler not in (None, type(scheduler)):
+        name, only = family.pipeline_class.__name__, family.only_scheduler.__name__
+        raise UserError(f"--scheduler: a {name} runs {only} alone, not {type(scheduler).__name__}: drop the flag")
+    values = {key: value for key, value in family.scheduler_values.items() if key in scheduler.config}
+    for key, value in values.items():
+        if (source.scheduler_config or {}).get(key, value) != value:
+            raise UserError(f"--scheduler_config: a {family.pipeline_class.__name__} sets {key} to {value}: drop it")
+    scheduler.register_to_config(**values)
+    return scheduler
 
 
 def _check_weight_file(flag: str, name: str) -> Path | None:
@@ -200,6 +225,8 @@ def empty_parts(source: ModelSource, info: ModelInfo) -> dict[str, torch.nn.Modu
     parts = {info.family.denoiser_name: empty_denoiser(info.family, info.denoiser_config)}
     base = source.pretrained_model_name_or_path
     for part, (model_class, config_class) in info.family.text_encoder_classes.items():
+        if part in info.absent_parts:
+            continue
         try:
             config = config_class.from_pretrained(base, subfolder=part, **source.files)
         except OSError as error:
@@ -246,7 +273,7 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
         UserError: a part cannot be loaded, or does not fit the base model.
     """
     info = read_model_info(source)
-    parts = dict.fromkeys(info.family.unused_parts)
+    parts = dict.fromkeys(info.absent_parts)
     is_upcast = info.family.upcasts_vae and info.vae_config.get("force_upcast", True)
     vae_dtype = torch.float32 if is_upcast else weight_dtype
     try:
@@ -290,7 +317,10 @@ def _load_distilled_denoiser(source: ModelSource, info: ModelInfo, weight_dtype:
     denoiser = empty_denoiser(info.family, info.denoiser_config)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     _check_state_dict(source.distilled_denoiser, denoiser, shapes)
-    denoiser.load_state_dict({key: value.to(weight_dtype) for key, value in state_dict.items()}, assign=True)
+    kept = set(denoiser._keep_in_fp32_modules or [])  # as `from_pretrained` keeps them
+    for key, value in state_dict.items():
+        state_dict[key] = value.to(weight_dtype if kept.isdisjoint(key.split(".")) else torch.float32)
+    denoiser.load_state_dict(state_dict, assign=True)
     return denoiser
 
 
@@ -298,6 +328,8 @@ def _fuse_distillation_lora(pipeline: DiffusionPipeline, part: str, source: Mode
     """Adds a LoRA to the denoiser's own weights: the policy that the trained LoRA starts from, and its base."""
     location, filename = split_source(source.distillation_lora)
     try:
+        if filename is not None and filename.endswith(".safetensors"):
+            lora_metadata(fetch_file(location, filename, source.cache_dir))
         pipeline.load_lora_weights(
             location, weight_name=filename, adapter_name="distillation", cache_dir=source.cache_dir
         )

@@ -1,14 +1,16 @@
 """The LoRA that is trained: added to a denoiser, turned off for the base, written for pipelines and Kohya's users."""
 
+import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
@@ -19,12 +21,12 @@ from diffusers.utils import (
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
-from pso_utils.sources import read_weights
+from pso_utils.sources import check_exists, fetch_file, read_weights, split_source
 
 
 KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
@@ -133,18 +135,80 @@ def _umask() -> int:
     return umask
 
 
-def load_lora(denoiser: ModelMixin, part: str, folder) -> None:
-    """Reads the LoRA that `save_lora` wrote to `folder` into the denoiser's own of the same rank and targets.
+def lora_file(source: str, cache_dir: str | None = None) -> str:
+    """The local file of a LoRA: `source` is a folder, a file, a hub id or `repo:file`."""
+    location, filename = split_source(source)
+    check_exists(location, "--lora_path")
+    return fetch_file(location, filename or LORA_WEIGHT_NAME_SAFE, cache_dir)
+
+
+def lora_metadata(path: str) -> dict:
+    """What a .safetensors file says of its LoRA beside the matrices: rank, alpha, layers. Empty where it says nothing.
+
+    Raises:
+        UserError: it cannot be read, or claims a rank above its matrices', for which peft would make room.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no LoRA that can be read ({first_line(error)})") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} is no LoRA that can be read (its metadata are no JSON object)")
+    largest = max((min(shape[:2]) for shape in shapes if len(shape) >= 2), default=0)
+    for key, value in metadata.items():
+        ranks = [value] if key.endswith(".r") else []
+        if key.endswith(".rank_pattern") and isinstance(value, dict):
+            ranks = value.values()
+        for rank in ranks:
+            if not isinstance(rank, int) or rank > largest:
+                raise UserError(f"{path} claims rank {rank}, its matrices have {largest} at most; pass another file")
+    return metadata
+
+
+def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
+    """Rank, alpha and target modules of the LoRA of `part` of the pipeline, from the metadata in its file.
+
+    Raises:
+        UserError: it cannot be read, or its metadata is not that of one LoRA of `part` alone.
+    """
+    remedy = "pass one written by this project's scripts, or by diffusers' save_lora_weights with its metadata"
+    try:
+        settings = lora_metadata(path)
+    except UserError as error:
+        raise UserError(f"--lora_path {error}: {remedy}") from error
+    own = {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
+    if not own or len(own) < len(settings) or own.get("rank_pattern") or own.get("alpha_pattern"):
+        raise UserError(f"--lora_path {path} does not say rank, alpha and layers of one LoRA of the {part}: {remedy}")
+    rank, alpha, targets = own.get("r"), own.get("lora_alpha"), own.get("target_modules")
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list):
+        raise UserError(f"--lora_path {path} has a rank, alpha or layers of another kind: {remedy}")
+    return rank, alpha, targets
+
+
+def load_lora(denoiser: ModelMixin, part: str, path) -> None:
+    """Reads the LoRA that `save_lora` wrote to the folder or file `path` into the denoiser's own of the same rank and
+    targets.
 
     Raises:
         UserError: it cannot be read, or does not fit; nothing is changed.
     """
-    state_dict = read_weights(str(Path(folder, LORA_WEIGHT_NAME_SAFE)))
+    path = Path(path)
+    state_dict = read_weights(str(path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path))
     state_dict = {key.removeprefix(f"{part}."): value for key, value in state_dict.items()}
     expected = {key: value.shape for key, value in get_peft_model_state_dict(denoiser).items()}
     if {key: value.shape for key, value in state_dict.items()} != expected:
-        raise UserError(f"{folder} holds a LoRA of another model; resume with the base model that it was trained on")
+        raise UserError(f"{path} holds a LoRA of another model; pass the base model that it was trained on")
     set_peft_model_state_dict(denoiser, state_dict)
+
+
+def checksum(denoiser: ModelMixin) -> int:
+    """Of the LoRA's bits: processes that train the same one have the same."""
+    value = 0
+    for tensor in get_peft_model_state_dict(denoiser).values():
+        value = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), value)
+    return value
 
 
 def lora_matrices(part: str, model: torch.nn.Module, state_dict: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

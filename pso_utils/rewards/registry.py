@@ -3,9 +3,12 @@
 import difflib
 import importlib
 import inspect
+import logging
 import math
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +20,10 @@ from torch import Tensor
 from pso_utils.errors import UserError, first_line
 from pso_utils.sources import check_exists
 
+
+logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 60  # after which a call of a reward is worth a line in the log
 
 Reward = Callable[[list[Image.Image], list[str]], Tensor]
 
@@ -261,8 +268,8 @@ class Rewards:
         """Scores `[R, B]`, float32 on the CPU: row r is reward r of each RGB image, its weight not applied.
 
         Raises:
-            UserError: a reward returned something else than B finite numbers. What a reward raises is not caught; a
-                note on the exception says which reward it was.
+            UserError: a reward returned something else than B finite numbers, or ends the program. What else it raises
+                is not caught; a note on the exception says which reward it was.
         """
         images, prompts = list(images), list(prompts)
         if len(images) != len(prompts):
@@ -285,7 +292,14 @@ class Rewards:
 def _score(name: str, reward: Reward, images: list[Image.Image], prompts: list[str]) -> Tensor:
     wanted = f"it should return one finite number for each image, here a float tensor of shape [{len(images)}]"
     try:
-        result = reward(images, prompts)
+        with _said_when_slow(f"reward '{name}' has been scoring {len(images)} images for over {SLOW_SECONDS} seconds"):
+            result = reward([image.copy() for image in images], prompts)  # it may draw on them
+    except SystemExit as error:  # of 0 would pass for a good end
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"reward '{name}' ends the program (SystemExit: {error.code}, {place.filename}, line {place.lineno}); raise"
+            " another exception there, or return a score"
+        ) from error
     except Exception as error:  # of any kind: it is raised again as it is, with a note
         error.add_note(f"reward '{name}' raised this; {wanted}")
         raise
@@ -305,6 +319,18 @@ def _score(name: str, reward: Reward, images: list[Image.Image], prompts: list[s
             f"({len(bad)} of {len(images)} scores are not finite); {wanted}"
         )
     return scores
+
+
+@contextmanager
+def _said_when_slow(message: str) -> Iterator[None]:
+    """Warns while what is done within this goes on, so that a reward that hangs does not do so in silence."""
+    timer = threading.Timer(SLOW_SECONDS, logger.warning, [message])
+    timer.daemon = True  # does not outlive the program
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _describe(result) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from pso_utils.errors import UserError, first_line
@@ -95,11 +96,30 @@ def on_main_process(accelerator: Accelerator, write: Callable[[], None]) -> None
     raise UserError(first_line(problem) if problem else "the main process stopped, see its message") from problem
 
 
+def check_shared_folder(accelerator: Accelerator, folder: str) -> None:
+    """Raises UserError unless all processes see in `folder` what the main one writes there, as references, caches and
+    checkpoints need it; all of them call this."""
+    if accelerator.num_processes == 1:
+        return
+    (name,) = broadcast_object_list([f".seen-by-all-{uuid.uuid4().hex}"])  # the main process's
+    token = Path(folder, name)
+    on_main_process(accelerator, token.touch)
+    num_blind = int(accelerator.reduce(torch.tensor(float(not token.exists()), device=accelerator.device), "sum"))
+    if accelerator.is_main_process:
+        token.unlink(missing_ok=True)
+    if num_blind:
+        raise UserError(
+            f"--output_dir {folder}: {num_blind} of {accelerator.num_processes} processes do not see what the main one"
+            " writes there: pass a folder on a file system that all nodes share"
+        )
+
+
 def make_accelerator(args) -> Accelerator:
     """The accelerator, with output folder, logging, seeds and TF32 set up.
 
     Raises:
-        UserError: fp16 without a GPU, or a distributed set-up other than plain data parallel.
+        UserError: fp16 without a GPU, a distributed set-up other than plain data parallel, or a folder that nodes do
+            not share.
     """
     precision = mixed_precision(args)
     if precision not in WEIGHT_DTYPES:
@@ -125,6 +145,7 @@ def make_accelerator(args) -> Accelerator:
     accelerator.gradient_accumulation_steps = 1
 
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    check_shared_folder(accelerator, args.output_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pso_utils").setLevel(logging.INFO)
     if not accelerator.is_local_main_process:

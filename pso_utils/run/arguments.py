@@ -15,11 +15,13 @@ import os
 from pathlib import Path
 
 from pso_utils.errors import UserError
+from pso_utils.families.quantize import QUANTIZATIONS
 from pso_utils.rewards import COMBINATIONS
 from pso_utils.run.accelerator import REWARD_DTYPES
 from pso_utils.schedules import SCHEDULERS
 
 
+DEFAULT_RANK = 16  # of a new LoRA
 LR_SCHEDULERS = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 
@@ -75,6 +77,15 @@ def json_object(text: str) -> dict:
     return value
 
 
+def prompt(text: str) -> str:
+    """An argparse type: text that tokenizers take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python's stand-ins for bytes that are not UTF-8
+        raise argparse.ArgumentTypeError(f"is not UTF-8 text: {text!r}") from None
+    return text
+
+
 positive_int = bounded(int, 1)
 non_negative_int = bounded(int, 0)
 positive_float = bounded(float, 0, low_included=False)
@@ -98,6 +109,8 @@ def add_model_arguments(parser: argparse.ArgumentParser):
     add("--resolution", type=positive_int, default=1024, help="Height and width of the images, in pixels.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Precision of the frozen weights and the "
         "autocast; the trained LoRA, transitions and stored latents are float32. Default: accelerate's.")  # fmt: skip
+    add("--quantize", choices=QUANTIZATIONS, help="Hold the linear layers of the frozen denoiser's blocks in 4 (nf4) "
+        "or 8 bits (int8), by bitsandbytes.")  # fmt: skip
     add("--allow_tf32", action="store_true", help="Allow TF32 matrix products on Ampere GPUs and later.")
     add("--gradient_checkpointing", action="store_true", help="Recompute activations: slower, in less memory.")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="Use xformers' attention.")
@@ -164,7 +177,9 @@ def add_online_reward_arguments(group):
 
 def add_lora_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("LoRA").add_argument
-    add("--rank", type=positive_int, default=16, help="Rank of the LoRA matrices.")
+    add("--lora_path", help="A LoRA of one's own to go on from, with its rank, alpha and layers: a folder, a file, a "
+        "hub id or `repo:file`. Default: a new one.")  # fmt: skip
+    add("--rank", type=positive_int, help=f"Rank of the LoRA matrices. Default: {DEFAULT_RANK}.")
     add("--lora_alpha", type=positive_float, help="Scale of the LoRA, as alpha / rank. Default: the rank.")
     add("--lora_target_modules", nargs="+", help="Names of the denoiser's layers that get LoRA. Default: the family's, "
         "for SDXL to_q to_k to_v to_out.0.")  # fmt: skip
@@ -195,8 +210,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
         "passed since the last one.")  # fmt: skip
     add("--checkpoints_total_limit", type=positive_int, default=3, help="Keep only so many of the newest checkpoints.")
     add("--resume_from_checkpoint", help="A checkpoint's path, or `latest` (a new run where there is none).")
-    add("--validation_prompts", nargs="+", help="Prompts of the validation images. Default: the first four training "
-        "prompts; of a concept its own and its class's.")  # fmt: skip
+    add("--validation_prompts", type=prompt, nargs="+", help="Prompts of the validation images. Default: the first "
+        "four training prompts; of a concept its own and its class's.")  # fmt: skip
     add("--num_validation_images", type=non_negative_int, default=4, help="Images per validation prompt, always from "
         "the same noise; 0: no validation.")  # fmt: skip
     add("--validation_steps", type=positive_int, default=100, help="Validate every so many optimizer steps "
@@ -219,7 +234,10 @@ def check_output_dir(output_dir: str) -> None:
     if not output_dir:
         raise UserError("--output_dir is empty: pass a folder")
     path = Path(output_dir).absolute()
-    folder = next(folder for folder in [path, *path.parents] if folder.exists())
+    try:
+        folder = next(folder for folder in [path, *path.parents] if folder.exists())
+    except OSError as error:  # a name that is too long
+        raise UserError(f"--output_dir {output_dir}: {error.strerror}; pass another folder") from error
     if not folder.is_dir():
         raise UserError(f"--output_dir {output_dir}: {folder} is a file; pass a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -234,7 +252,10 @@ def check_packages(args: argparse.Namespace) -> None:
             " login`, and drop it"
         )
     needed = {
-        "bitsandbytes": ("--use_8bit_adam", args.use_8bit_adam),
+        "bitsandbytes": (
+            f"--quantize {args.quantize}" if args.quantize else "--use_8bit_adam",
+            args.quantize or args.use_8bit_adam,
+        ),
         "xformers": ("--enable_xformers_memory_efficient_attention", args.enable_xformers_memory_efficient_attention),
         args.report_to: (f"--report_to {args.report_to}", args.report_to != "none"),
     }

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.loading import ModelInfo
-from pso_utils.families.lora import load_lora
+from pso_utils.families.lora import checksum, load_lora
 from pso_utils.run.accelerator import mixed_precision, on_main_process
 from pso_utils.run.optimizer import initialize_grad_scaler
 from pso_utils.run.resumption import changed_flags, recorded_flags
@@ -158,10 +158,12 @@ class Checkpoints:
         """Writes `output_dir/checkpoint-{global_step}`, all or nothing.
 
         Raises:
-            UserError: it cannot be written, or the LoRA is not finite; the checkpoints before it stand as they did.
+            UserError: it cannot be written, or the LoRA is not finite or not the same on all processes; the checkpoints
+                before it stand as they did.
         """
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         try:
+            self._check_processes_agree()
             on_main_process(self.accelerator, lambda: self._write(checkpoint))
         except UserError as error:
             raise UserError(
@@ -169,6 +171,13 @@ class Checkpoints:
             ) from error
         self._saved_at = time.monotonic()
         return checkpoint
+
+    def _check_processes_agree(self):
+        if self.accelerator.num_processes == 1:
+            return
+        own = torch.tensor([checksum(self.family.denoiser)], device=self.accelerator.device)
+        if len(self.accelerator.gather(own).unique()) > 1:
+            raise UserError("the LoRA is not the same on all processes: run on GPUs of one kind")
 
     def _write(self, checkpoint: Path):
         """All or nothing, on the main process."""

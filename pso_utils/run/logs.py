@@ -5,7 +5,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,13 +17,16 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """`output_dir/metrics.jsonl`: one line of JSON for each `append`. For the main process alone."""
+    """Logs values to the trackers, and as a line of JSON each to `output_dir/metrics.jsonl`."""
 
-    def __init__(self, output_dir):
-        self.path = Path(output_dir, METRICS_NAME)
+    def __init__(self, accelerator: Accelerator, output_dir):
+        self.accelerator, self.path = accelerator, Path(output_dir, METRICS_NAME)
 
-    def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a line; numbers that are not finite are written as null, as JSON has no others."""
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers that are not finite are written as null, as JSON has no others."""
+        self.accelerator.log(values, step=step)
+        if not self.accelerator.is_main_process:
+            return
         line = {"step": step}
         for name, value in values.items():
             value = value.item() if hasattr(value, "item") else value
@@ -42,8 +45,8 @@ class MetricsLog:
         return lines
 
     def rewind(self, step: int, *, validated_step: int) -> None:
-        """Drops what was logged after `step`, and the validations after `validated_step`, so that a resumed run logs
-        none twice."""
+        """Drops the lines after `step`, and the validations' after `validated_step`, so that a resumed run logs none
+        twice. For the main process alone."""
         kept = [line for line in self.read() if line["step"] <= (validated_step if _is_validation(line) else step)]
         partial = self.path.with_name(METRICS_NAME + ".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -56,8 +59,8 @@ def _is_validation(line: dict) -> bool:
 
 def start_logs(
     accelerator: Accelerator, args: argparse.Namespace, project: str, state: TrainingState, *, resumed: bool
-) -> Callable[[int, dict], None]:
-    """Starts the tracker and metrics.jsonl, and returns `log(step, values)`, which writes to both.
+) -> MetricsLog:
+    """Starts the tracker and metrics.jsonl.
 
     A resumed run goes on where its checkpoint was taken: what was logged after `state` is dropped from
     metrics.jsonl and from TensorBoard, and wandb goes on with the run whose id `output_dir` keeps.
@@ -72,16 +75,10 @@ def start_logs(
                 id_file.write_text(uuid.uuid4().hex[:12])
             init_kwargs = {"wandb": {"id": id_file.read_text().strip(), "resume": "allow", "dir": args.output_dir}}
         accelerator.init_trackers(project, config=None if resumed else config, init_kwargs=init_kwargs)
-    metrics_log = MetricsLog(args.output_dir)
+    log = MetricsLog(accelerator, args.output_dir)
     if accelerator.is_main_process:
         if resumed:
-            metrics_log.rewind(state.global_step, validated_step=state.validated_step)
+            log.rewind(state.global_step, validated_step=state.validated_step)
         else:
-            metrics_log.rewind(-1, validated_step=-1)
-
-    def log(step: int, values: dict):
-        accelerator.log(values, step=step)
-        if accelerator.is_main_process:
-            metrics_log.append(step, values)
-
+            log.rewind(-1, validated_step=-1)
     return log

@@ -2,18 +2,41 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Deployment, Family
 from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, load_pipeline, read_model_info
-from pso_utils.families.lora import check_lora_targets
+from pso_utils.families.lora import check_lora_targets, load_lora, lora_file, read_lora_settings
+from pso_utils.families.quantize import quantize
 from pso_utils.rewards import Rewards, RewardSpec, load_rewards
-from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES
+from pso_utils.run.accelerator import REWARD_DTYPES, WEIGHT_DTYPES, mixed_precision
+from pso_utils.run.arguments import DEFAULT_RANK
 from pso_utils.schedules import Schedule, make_schedule, pipelines_pass_eta
+from pso_utils.sources import source_state
+
+
+logger = get_logger(__name__)
+
+MODEL_SOURCES = ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
+                 "distilled_transformer", "distillation_lora"]  # fmt: skip
+MODEL_FLAGS = ["revision", "variant", "scheduler_config", "scheduler", "timestep_spacing", "original_inference_steps",
+               "guidance_scale", "max_sequence_length", "distillation_lora_scale", "quantize", "allow_tf32",
+               "enable_vae_tiling", "enable_xformers_memory_efficient_attention"]  # fmt: skip
+
+
+def model_settings(args: argparse.Namespace) -> dict:
+    """All that images, latents and embeddings depend on beside LoRA, deployment, prompt and seed; JSON. After the
+    configurations are read, which tells the commit of a model of the hub."""
+    settings = {name: source_state(getattr(args, name), cache_dir=args.cache_dir) for name in MODEL_SOURCES}
+    base = args.pretrained_model_name_or_path
+    settings[MODEL_SOURCES[0]] = source_state(base, revision=args.revision, cache_dir=args.cache_dir)
+    return settings | {name: getattr(args, name) for name in MODEL_FLAGS} | {"mixed_precision": mixed_precision(args)}
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
@@ -65,11 +88,20 @@ def _check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
 
 
 def check_lora(args: argparse.Namespace, info: ModelInfo) -> list[str]:
-    """The layers that get LoRA. An empty denoiser takes seconds to make, and the family's own targets need no check.
+    """The layers that get LoRA; fills in rank, alpha and layers of --lora_path, or the default rank. An empty denoiser
+    takes seconds to make, and the family's own targets need no check.
 
     Raises:
-        UserError: the denoiser has no such layer.
+        UserError: the denoiser has no such layer, or --lora_path cannot be read.
     """
+    if args.lora_path is not None:
+        given = [name for name in ("rank", "lora_alpha", "lora_target_modules") if getattr(args, name) is not None]
+        if given:
+            raise UserError(f"--{given[0]} is that of the LoRA in --lora_path: drop it")
+        settings = read_lora_settings(lora_file(args.lora_path, args.cache_dir), part=info.family.denoiser_name)
+        args.rank, args.lora_alpha, args.lora_target_modules = settings
+    if args.rank is None:
+        args.rank = DEFAULT_RANK
     if args.lora_target_modules is None:
         return info.family.default_lora_targets(info.denoiser_config)
     denoiser = empty_denoiser(info.family, info.denoiser_config)
@@ -140,6 +172,8 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator, info: ModelI
         UserError: it cannot be loaded, or xformers cannot be used with it here.
     """
     pipeline = load_pipeline(model_source(args), weight_dtype=WEIGHT_DTYPES[accelerator.mixed_precision])
+    if args.quantize:
+        quantize(getattr(pipeline, info.family.denoiser_name), args.quantize, accelerator.device)
     family = info.family(
         pipeline,
         device=accelerator.device,
@@ -148,6 +182,7 @@ def load_family(args: argparse.Namespace, accelerator: Accelerator, info: ModelI
         offload=args.offload,
         vae_batch_size=args.vae_batch_size,
     )
+    family.origin = model_settings(args)
     if accelerator.device.type == "cpu" and family.denoiser.dtype != torch.float32:
         # PyTorch's contiguous bfloat16 convolutions have no fast path on CPUs without AVX-512: 30 times slower there
         family.denoiser.to(memory_format=torch.channels_last)
@@ -172,11 +207,20 @@ def add_trained_lora(args: argparse.Namespace, accelerator: Accelerator, family:
     parameters = family.add_lora(
         rank=args.rank, lora_alpha=args.lora_alpha, target_modules=args.lora_target_modules, seed=args.seed
     )
+    if args.lora_path is not None:
+        load_lora(family.denoiser, family.denoiser_name, lora_file(args.lora_path, args.cache_dir))
+        logger.info(f"--lora_path: rank {args.rank}, alpha {args.lora_alpha}, {' '.join(args.lora_target_modules)}")
     if args.gradient_checkpointing:
         family.denoiser.enable_gradient_checkpointing()
     # the device and autocast, without DistributedDataParallel
     accelerator.prepare_model(family.denoiser, evaluation_mode=True)
     return parameters
+
+
+def card_settings(args: argparse.Namespace) -> dict[str, str]:
+    """What the model card says of a model that is not as its files are."""
+    settings = {} if args.quantize is None else {"quantize": args.quantize}
+    return settings if args.lora_path is None else settings | {"goes on from": Path(args.lora_path).name}
 
 
 def load_run_rewards(args: argparse.Namespace, accelerator: Accelerator, specs: Sequence[RewardSpec]) -> Rewards:

@@ -18,11 +18,14 @@ from pso_utils.errors import UserError
 def make_optimizer(
     args: argparse.Namespace, accelerator: Accelerator, parameters: list[Tensor], num_training_steps: int
 ):
-    """AdamW (8-bit if asked) and its learning rate schedule, which counts optimizer steps.
+    """AdamW (8-bit if asked) and its learning rate schedule, which counts optimizer steps. Every parameter has a
+    gradient from now on, first of zeros: a process without pairs steps like the others.
 
     The schedule is not prepared by accelerate: a prepared one steps once per process, which is right for a data loader
     that the processes share and wrong for a loop that counts optimizer steps.
     """
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
         import bitsandbytes
@@ -54,12 +57,6 @@ def initialize_grad_scaler(accelerator: Accelerator):
     """Lets a rank unscale fp16 gradients that it made no part of: GradScaler allocates its scale on its first use."""
     if accelerator.scaler is not None:
         accelerator.scaler.scale(torch.zeros((), device=accelerator.device))
-
-
-def zero_gradients(parameters: list[Tensor]):
-    """Sets every gradient to zero, not to None: a process without pairs steps like the others."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
 
 
 def reduce_gradients(accelerator: Accelerator, parameters: list[Tensor], sums: dict[str, Tensor]) -> dict[str, float]:

@@ -1,9 +1,17 @@
-"""Where the pairs of offline training come from: the flags of each task, and the source that they name."""
+"""Where the pairs of offline training come from: the flags of each task, the source that they name, and the references
+that the model draws itself."""
 
 import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
 
 from pso_utils.data.pairs import Stream, Table, load_images, load_instance_images, load_preference_pairs
+from pso_utils.data.prompt_cache import PromptCache
+from pso_utils.data.references import ReferenceLatents, References
 from pso_utils.errors import UserError
+from pso_utils.families import Deployment, Family
 from pso_utils.run import arguments
 
 
@@ -51,8 +59,10 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--shuffle_buffer_size", type=positive_int, help="Records among which a stream is shuffled. Default: "
         f"{SHUFFLE_BUFFER_SIZE}.")  # fmt: skip
     add("--instance_data_dir", help="concept: a folder of images of one thing.")
-    add("--instance_prompt", help="concept: their prompt, such as `a photo of sks dog`.")
-    add("--class_prompt", help="concept: the prompt of the references, such as `a photo of dog`.")
+    add("--instance_prompt", type=arguments.prompt, help="concept: their prompt, such as `a photo of sks dog`.")
+    add(
+        "--class_prompt", type=arguments.prompt, help="concept: the prompt of the references, such as `a photo of dog`."
+    )
     add("--num_reference_images", type=positive_int, default=20, help="concept: how many references are drawn.")
     add("--reference_policy", choices=["initial", "current"], default="initial", help="style, concept: references are "
         "drawn with the LoRA off, or with it as trained so far.")  # fmt: skip
@@ -144,3 +154,44 @@ def concept_source(args: argparse.Namespace) -> Table:
 
 
 SOURCES = {"preference": preference_source, "style": style_source, "concept": concept_source}
+
+
+def draw_references(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    family: Family,
+    source: Table | Stream,
+    *,
+    embed: PromptCache,
+    deployment: Deployment,
+) -> ReferenceLatents:
+    """The images that the model draws for targets that come alone: one of each caption (style), or
+    --num_reference_images of the class (concept)."""
+    captions = source.captions() if args.task == "style" else [args.class_prompt] * args.num_reference_images
+
+    @torch.no_grad()
+    def draw(captions, seeds):
+        conditioning = family.collate(embed(captions), deployment.height, deployment.width)
+        settings = {"deployment": deployment, "batch_size": args.sample_batch_size}
+        if args.reference_policy == "current":
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
+        with family.without_lora():
+            return family.decode_latents(family.draw_latents(conditioning, seeds, **settings))
+
+    settings = {"model": family.origin, "reference_policy": args.reference_policy, **deployment._asdict()}
+    images = References(
+        accelerator,
+        Path(args.output_dir, "references"),
+        captions,
+        draw,
+        settings=settings,
+        seed=args.seed,
+        batch_size=args.sample_batch_size,
+    )
+    return ReferenceLatents(
+        images,
+        family,
+        record_ids=source.ids() if args.task == "style" else None,
+        is_cached=args.cache_latents,
+        random_flip=args.random_flip,
+    )

@@ -30,7 +30,7 @@ CONSTANT_RATES = ("constant", "constant_with_warmup")
 
 # Files and folders, which may have moved.
 PATHS = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "distilled_unet",
-         "distilled_transformer", "distillation_lora", "prompts", "dataset_name", "train_data_dir",
+         "distilled_transformer", "distillation_lora", "lora_path", "prompts", "dataset_name", "train_data_dir",
          "instance_data_dir")  # fmt: skip
 
 

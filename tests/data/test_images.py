@@ -1,6 +1,9 @@
 """Images of every kind become RGB, and pairs of them tensors."""
 
+import errno
 import io
+import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -41,11 +44,13 @@ def test_bytes_paths_dicts_and_pil_images_decode_alike(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     path = tmp_path / "a.png"
     sources = [data, str(path), path, {"bytes": data, "path": None}, {"bytes": None, "path": str(path)}, image]
-    sources += [{"bytes": data, "path": "elsewhere.png"}, path.as_uri()]
+    sources += [{"bytes": data, "path": "elsewhere.png"}]
     for source in sources:
         decoded = decode_image(source)
         assert decoded.mode == "RGB" and decoded.tobytes() == image.tobytes()
-    assert decode_image("a.png", tmp_path).tobytes() == image.tobytes()
+    for row in ("a.png", str(path)):
+        assert decode_image(row, [tmp_path]).tobytes() == image.tobytes()
+    assert decode_image(str(path), [tmp_path / "own", tmp_path]).tobytes() == image.tobytes()  # of a cache
 
 
 def test_exif_orientation_is_applied():
@@ -97,7 +102,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
         (None, "there is no image"),
         ({"bytes": None, "path": None}, "there is no image"),
         ({"bytes": b"", "path": "a.png"}, "a.png: not an image"),
-        (b"no image", "^not an image that Pillow reads$"),
+        (b"no image", "^not an image that Pillow reads as one of"),
         (encode(gradient(64, 64), "JPEG")[:-200], "truncated"),
         (encode(gradient(64, 64), "PNG")[:-100], "truncated|broken"),
         ("nowhere/a.png", "nowhere/a.png: No such file"),
@@ -109,15 +114,166 @@ def test_broken_images_are_one_kind_of_error(broken, message):
         decode_image(broken)
 
 
+def test_a_row_names_no_file_outside_of_its_data_set(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "private.png").write_bytes(encode(gradient(4, 4)))
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    for path in ("../private.png", str(tmp_path / "private.png"), "link.png", "/dev/zero", "/etc/passwd"):
+        with pytest.raises(UserError, match=f"{path} leads out of .*data: .*copy the images there") as caught:
+            decode_image({"bytes": None, "path": path}, [folder])
+        assert not isinstance(caught.value, BrokenImage)  # --skip_broken_images does not hide it
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "reference://k::file:///tmp/refs.json", "simplecache::http://host/a.png",
+     "zip://a.png::file:///a.zip", "zip://a.png::zip://b.zip::https://host/c.zip", "reference://k::https://host/refs.json",
+     "http://host/a.png::file:///a", "local://a", "HTTP://host/a.png", "git://a/b"],
+)  # fmt: skip
+def test_a_row_names_urls_of_the_web_and_of_storage_alone(url, monkeypatch):
+    monkeypatch.setattr(images.fsspec, "open", lambda *args: pytest.fail("opened"))
+    with pytest.raises(UserError, match="may name URLs of hf, http, https, s3, gs alone"):
+        decode_image(url, [])
+
+
+def test_a_zip_archive_outside_of_the_data_set_is_not_opened(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", encode(gradient(4, 4)))
+    url = f"zip://a.png::{tmp_path / 'a.zip'}"
+    assert decode_image(url, [tmp_path]).size == (4, 4)
+    with pytest.raises(BrokenImage, match="No such file"):
+        decode_image(f"zip://a.png::{tmp_path / 'b.zip'}", [tmp_path])
+    with pytest.raises(UserError, match="leads out of"):
+        decode_image(url, [tmp_path / "data"])
+
+
+def test_what_cannot_be_reached_is_no_broken_image(monkeypatch):
+    """--skip_broken_images would drop the rows of an outage for good."""
+
+    def fails(error):
+        def open_url(*args):
+            raise error
+
+        return open_url
+
+    for error in (ConnectionError("no route to host"), TimeoutError("no answer")):
+        monkeypatch.setattr(images.fsspec, "open", fails(error))
+        with pytest.raises(UserError, match=f"https://host/a.png cannot be read .*{error}") as caught:
+            decode_image("https://host/a.png", [])
+        assert not isinstance(caught.value, BrokenImage)
+    monkeypatch.setattr(images.fsspec, "open", fails(FileNotFoundError("404")))
+    with pytest.raises(BrokenImage, match="https://host/a.png: there is no such file"):
+        decode_image("https://host/a.png", [])
+    monkeypatch.setattr(images.Path, "stat", fails(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(UserError, match="a.png cannot be read .*Input/output error") as caught:
+        decode_image("a.png")
+    assert not isinstance(caught.value, BrokenImage)
+
+
+def test_a_url_is_read(monkeypatch):
+    image, opened = gradient(4, 4), []
+    monkeypatch.setattr(images.fsspec, "open", lambda *args: opened.append(args) or io.BytesIO(encode(image)))
+    assert decode_image("hf://datasets/me/mine/a.png", []).tobytes() == image.tobytes()
+    assert opened == [("hf://datasets/me/mine/a.png", "rb")]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "sparse", "zero byte", "surrogate", "long", "loop"])
+def test_what_is_no_regular_file_is_a_broken_image(tmp_path, kind):
+    """A FIFO or /dev/zero would be read without end."""
+    path = {"device": "/dev/zero", "zero byte": "a\0.png", "surrogate": "a\ud800.png", "long": "a" * 300}.get(
+        kind, kind
+    )
+    if kind == "fifo":
+        os.mkfifo(tmp_path / path)
+    elif kind == "folder":
+        (tmp_path / path).mkdir()
+    elif kind == "loop":
+        (tmp_path / path).symlink_to(tmp_path / path)
+    elif kind == "sparse":
+        with (tmp_path / path).open("wb") as file:
+            file.truncate(2**40)
+    with pytest.raises(BrokenImage) as caught:
+        decode_image(tmp_path / path if kind != "device" else path)
+    str(caught.value).encode()  # can be printed
+
+
+def test_formats_are_those_of_pictures_alone(monkeypatch):
+    """Pillow starts Ghostscript for EPS."""
+    eps = encode(gradient(4, 4), "EPS")
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("Ghostscript is started"))
+    for data in (eps, encode(gradient(4, 4), "PCX"), encode(gradient(4, 4), "TGA")):
+        with pytest.raises(BrokenImage, match="not an image that Pillow reads as one of .*JPEG.*PNG"):
+            decode_image(data)
+
+
+def test_too_many_pixels_are_a_broken_image(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    assert decode_image(encode(gradient(10, 10))).size == (10, 10)
+    data = encode(gradient(10, 11))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BrokenImage, match="a.png: 10 x 11 pixels are more than 100"):
+        decode_image({"bytes": data, "path": "a.png"})
+
+
+def test_an_image_for_which_memory_runs_out_is_broken(monkeypatch):
+    def load(self):
+        raise MemoryError
+
+    data = encode(gradient(4, 4))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(BrokenImage, match="a.png: MemoryError"):
+        decode_image({"bytes": data, "path": "a.png"})
+
+
+def test_float_images_keep_their_greys():
+    for values in ([[0.0, 0.5], [1.0, np.inf]], [[0.0, 127.5], [255.0, -np.inf]], [[0.0, 32896.0], [65535.0, -1.0]]):
+        image = decode_image(encode(Image.fromarray(np.array(values, dtype=np.float32)), "TIFF"))
+        np.testing.assert_array_equal(np.asarray(image)[..., 0], [[0, 128], [255, 0]])
+
+
+def test_a_long_thin_image_takes_little_memory(monkeypatch):
+    """3000 x 1 pixels scaled as a whole to a shorter side of 1024 would be 3 million pixels wide."""
+    sizes, resize = [], Image.Image.resize
+
+    def record(self, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", record)
+    for size, crop_top_left in [((3000, 1), (0, 1535488)), ((1, 3000), (1535488, 0))]:
+        pair = transform_pair(gradient(*size), None, resolution=1024)
+        assert pair.target.shape == (3, 1024, 1024) and pair.crop_top_left == crop_top_left
+    assert sizes == [(1024, 1024)] * 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_crop_is_that_of_the_scaled_image(flip):
+    """Scaling no more than the crop gives what cropping the scaled image does, but for Pillow's rounding: it may take
+    rows or columns first."""
+    rng = np.random.default_rng(0)
+    for width, height in [(61, 40), (40, 67), (33, 100), (20, 31), (16, 16), (7, 11)]:
+        image = Image.fromarray(rng.integers(96, 160, (height, width, 3), dtype=np.uint8))
+        pair = transform_pair(image, None, resolution=20, augmentation=Augmentation(flip, (0.3, 0.7)))
+        scaled = image.resize([20 if side == min(image.size) else 20 * side // min(image.size) for side in image.size],
+                              Image.Resampling.LANCZOS)  # fmt: skip
+        scaled = scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else scaled
+        top, left = pair.crop_top_left
+        expected = pixels_of(scaled.crop((left, top, left + 20, top + 20)))
+        assert (pair.target - expected).abs().max() < 1.5 / 127.5
+
+
 def test_only_pillows_errors_make_an_image_a_broken_one(monkeypatch):
     assert issubclass(BrokenImage, UserError)
 
-    def bug(image):
+    def bug(*args):
         raise AttributeError("a bug of ours")
 
-    monkeypatch.setattr(images, "to_rgb", bug)
-    with pytest.raises(AttributeError, match="a bug of ours"):
-        decode_image(encode(gradient(4, 4)))
+    for name in ("to_rgb", "regular_file", "read_url"):
+        monkeypatch.setattr(images, name, bug)
+    for source in (encode(gradient(4, 4)), "a.png", "https://host/a.png"):
+        with pytest.raises(AttributeError, match="a bug of ours"):
+            decode_image(source)
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])

@@ -3,7 +3,10 @@
 import io
 import json
 import pickle
+import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from pair_sources import (
 from PIL import Image as PILImage
 
 from pso_utils.data.loader import PairLoader, contiguous_part
-from pso_utils.data.pairs import load_instance_images
+from pso_utils.data.pairs import load_images, load_instance_images
 from pso_utils.errors import UserError
 
 
@@ -86,12 +89,11 @@ def test_resuming_gives_exactly_the_rest(pickapic, load, streaming):
     assert rest == []
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_processes", [2, 3, 7])
-def test_processes_share_out_each_minibatch(pickapic, load, streaming, num_processes):
-    alone = read(make_loader(load(pickapic, streaming=streaming)))
+def test_processes_share_out_each_minibatch(pickapic, load, num_processes):
+    alone = read(make_loader(load(pickapic)))
     ranks = [
-        read(make_loader(load(pickapic, streaming=streaming), num_processes=num_processes, process_index=index))
+        read(make_loader(load(pickapic), num_processes=num_processes, process_index=index))
         for index in range(num_processes)
     ]
     for number, minibatch in enumerate(alone):
@@ -99,6 +101,73 @@ def test_processes_share_out_each_minibatch(pickapic, load, streaming, num_proce
         together = [rank[number] for rank in ranks]
         assert ids(together) == ids([minibatch])
         assert torch.equal(pixels(together), pixels([minibatch]))
+
+
+def read_in_threads(monkeypatch, num_processes: int, make, *args) -> list[list]:
+    """What `read(make(index), *args)` gives on each of several processes, which here are threads that agree."""
+    flags, barrier = [False] * num_processes, threading.Barrier(num_processes, timeout=60)
+
+    def on_any_process(flag):
+        flags[own.index] = flag
+        barrier.wait()
+        answer = any(flags)
+        barrier.wait()
+        return answer
+
+    def run(index):
+        own.index = index
+        return read(make(index), *args)
+
+    own = threading.local()
+    monkeypatch.setattr("pso_utils.data.loader.on_any_process", on_any_process)
+    with ThreadPoolExecutor(num_processes) as threads:
+        return list(threads.map(run, range(num_processes)))
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 7])
+def test_processes_share_a_stream_and_every_record_is_seen_once_resumed_too(pickapic, load, num_processes, monkeypatch):
+    """Of 3 shards: with 2 processes one has twice as many, with 7 each takes every 7th record."""
+    every = Counter(ids(read(make_loader(load(pickapic, streaming=True)))))
+
+    def make(index):
+        source = load(pickapic, streaming=True)
+        return make_loader(source, minibatch_size=14, num_processes=num_processes, process_index=index)
+
+    ranks = read_in_threads(monkeypatch, num_processes, make)
+    assert len({len(rank) for rank in ranks}) == 1  # they are in step
+    assert Counter(record for rank in ranks for record in ids(rank)) == every
+    for index, rank in enumerate(ranks):
+        assert all(len(ids([minibatch])) <= len(contiguous_part(range(14), num_processes, index)) for minibatch in rank)
+        assert [minibatch.end for minibatch in rank] == [14 * number for number in range(1, len(rank) + 1)]
+    for number, minibatch in enumerate(ranks[0]):
+        rests = read_in_threads(monkeypatch, num_processes, make, 0, minibatch.end)
+        assert [ids(rest) for rest in rests] == [ids(rank[number + 1 :]) for rank in ranks]
+        assert [rest[-1].end for rest in rests if rest] == [rank[-1].end for rank, rest in zip(ranks, rests) if rest]
+
+
+def test_a_process_reads_its_own_files_of_a_stream_alone(pickapic, load, monkeypatch):
+    monkeypatch.setattr("pso_utils.data.loader.on_any_process", bool)
+    source = load(pickapic, streaming=True)
+    for index, own in [(0, [0, 2]), (1, [1])]:
+        opened = []
+        monkeypatch.setattr(source, "_records", lambda shard, rows, opened=opened: opened.append(shard) or [])
+        with pytest.raises(UserError, match="is empty after dropping 0 ties"):
+            read(make_loader(source, num_processes=2, process_index=index))
+        assert sorted(opened) == own
+
+
+def test_a_stream_of_ties_alone_is_an_error_on_all_processes_and_ties_of_one_are_none(load, tmp_path, monkeypatch):
+    for name, labels in (("ties", [0.5]), ("half", [0.5, 0.5, 1, 0])):
+        write_pickapic(tmp_path / name, num_shards=2, rows_per_shard=2, labels=labels)
+    monkeypatch.setattr("pso_utils.data.loader.on_any_process", bool)
+    sources = {name: load(tmp_path / name, streaming=True) for name in ("ties", "half")}
+    with pytest.raises(UserError, match="is empty after dropping 2 ties"):
+        read(make_loader(sources["ties"], num_processes=2, process_index=1))
+
+    def make(index):
+        return make_loader(sources["half"], num_processes=2, process_index=index)
+
+    assert [len(ids(rank)) for rank in read_in_threads(monkeypatch, 2, make)] == [0, 2]
 
 
 @pytest.mark.parametrize("num_items", [0, 1, 5, 8])
@@ -207,6 +276,30 @@ def test_a_broken_or_missing_file_is_named(load, tmp_path):
         (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
         with pytest.raises(UserError, match=rf"row 0 .*pairs.jsonl has a broken image: {name}: "):
             read(make_loader(load(tmp_path / "pairs.jsonl")))
+
+
+@pytest.mark.parametrize("streaming, num_workers", [(False, 0), (True, 0), (False, 1)])
+def test_a_row_that_names_a_file_of_somebody_elses_ends_the_run(load, tmp_path, streaming, num_workers):
+    """Also with --skip_broken_images, which would hide it."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, directory in (("private.png", tmp_path), ("own.png", folder)):
+        (directory / name).write_bytes(png())
+    row = {"jpg_0": "own.png", "jpg_1": "../private.png", "label_0": 1, "caption": "a"}
+    (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    loader = make_loader(
+        load(folder / "pairs.jsonl", streaming=streaming), skip_broken_images=True, num_workers=num_workers
+    )
+    with pytest.raises(UserError, match="../private.png leads out of .*data: "):
+        read(loader)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_zipped_folder_of_images_is_read(tmp_path, streaming):
+    write_image_folder(tmp_path / "images")
+    shutil.make_archive(tmp_path / "data" / "images", "zip", tmp_path / "images")
+    source = load_images(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+    assert sorted(captions_of(read(make_loader(source)))) == ["drawing a", "drawing b", "drawing c"]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

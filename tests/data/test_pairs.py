@@ -206,7 +206,7 @@ def test_a_stream_that_decodes_ahead_of_its_reader_still_gives_stored_images(tmp
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     dataset = load_dataset("webdataset", data_files=[str(tmp_path / "images.tar")], split="train", streaming=True)
-    columns, settings = Columns("png", "txt"), {"name": "a stream", "folder": tmp_path, "remedy": "others"}
+    columns, settings = Columns("png", "txt"), {"name": "a stream", "folders": [tmp_path], "remedy": "others"}
     source = make_source(dataset.decode(num_threads=2), columns, **settings)
     microbatches = flat(read(make_loader(source, skip_broken_images=True)))
     assert sum(microbatch.num_broken for microbatch in microbatches) == 1

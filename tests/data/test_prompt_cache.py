@@ -93,6 +93,7 @@ def test_a_store_serves_without_text_encoders_and_tells_them_apart(family, encod
     assert len(encoded) == 1
 
     other = SDXL(build_pipeline(seed=1))
+    other.origin = {"pretrained_model_name_or_path": [["text_encoder/model.safetensors", 1, 2]]}
     embed = PromptCache(other, store=store)
     others = embed(PROMPTS)
     assert len(encoded) == 2 and not torch.equal(others[0]["prompt_embeds"], rows[0]["prompt_embeds"])
@@ -100,6 +101,13 @@ def test_a_store_serves_without_text_encoders_and_tells_them_apart(family, encod
     embed = PromptCache(family, max_bytes=1, store=store)
     for prompt, row in zip(PROMPTS, rows):  # dropped from memory, read again
         assert_equal(embed([prompt]), [row])
+    assert len(encoded) == 2
+
+
+def test_a_store_tells_lengths_apart(family, encoded, tmp_path, monkeypatch):
+    for length in (256, 512, 256):
+        monkeypatch.setattr(family, "max_sequence_length", length)
+        PromptCache(family, store=TensorCache(tmp_path))(PROMPTS)
     assert len(encoded) == 2
 
 

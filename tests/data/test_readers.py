@@ -62,13 +62,13 @@ def test_a_data_set_is_a_table_or_a_stream(pickapic, tmp_path):
     assert isinstance(open_dataset(str(tmp_path / "saved"), streaming=True), Dataset)
 
 
-def test_relative_paths_start_at_the_data_sets_own_folder(tmp_path, monkeypatch):
+def test_the_folder_of_a_data_set_is_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     Path("data", "a.jsonl").write_text("{}")
     for name in ["data", "data/a.jsonl", "data/*.jsonl"]:
         assert dataset_folder(name) == Path("data"), name
-    assert dataset_folder("user/data") == Path()
+    assert dataset_folder("user/data") is None
 
 
 @pytest.mark.parametrize("name", ["./a", "../a", "~/a", "/a", "a.parquet", "a/*.csv", "a/[ab]"])

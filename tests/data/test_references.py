@@ -160,3 +160,20 @@ def test_processes_encode_a_part_each_and_read_what_others_wrote(make, family, e
         latents.refresh(0)
     assert sum(encoded_images) == 10
     assert torch.equal(ranks[0](range(5), [True] * 5), ranks[1](range(5), [True] * 5))
+
+
+def test_references_are_those_of_their_records_or_any_of_the_class(make, family):
+    images, ids = make(captions=["a"] * 6), [str(row) for row in range(10, 70, 10)]
+    settings = {"is_cached": False, "random_flip": False}
+    assert ReferenceLatents(images, family, record_ids=ids, **settings).indices_of(ids[::-1], epoch=0) == [
+        5,
+        4,
+        3,
+        2,
+        1,
+        0,
+    ]
+    of_the_class = ReferenceLatents(images, family, **settings)
+    epochs = [of_the_class.indices_of(ids, epoch=epoch) for epoch in range(20)]
+    assert set(sum(epochs, [])) == set(range(6)) and len(set(map(tuple, epochs))) == 20
+    assert of_the_class.indices_of(ids[2:4], epoch=3) == epochs[3][2:4]

@@ -7,7 +7,7 @@ import torch
 from evaluation_runs import TURBO
 from safetensors.torch import save_file
 
-from pso_utils.evaluate.loras import Model, applied, find_lora, source_state
+from pso_utils.evaluate.loras import Model, applied, find_lora
 from pso_utils.families.loading import ModelSource, empty_parts, load_pipeline, read_model_info
 
 
@@ -18,17 +18,6 @@ def test_one_of_several_files_can_be_named_and_training_folders_are_unambiguous(
     assert find_lora("x=me/mine:my.safetensors").lora == "me/mine:my.safetensors"
     path = shared / "a" / "pytorch_lora_weights.safetensors"
     assert find_lora(f"x={path}", scale=0.5) == Model("x", str(path), 0.5)
-
-
-def test_the_state_of_a_source_is_that_of_its_files_and_of_the_hub_its_name(tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"1")
-    (tmp_path / "notes.txt").write_text("not a weight")
-    state = source_state(str(tmp_path))
-    assert [entry[:2] for entry in state] == [("a.safetensors", 1)]
-    assert source_state(f"{tmp_path}:a.safetensors") == source_state(str(tmp_path / "a.safetensors")) == state
-    (tmp_path / "a.safetensors").write_bytes(b"22")
-    assert source_state(str(tmp_path)) != state
-    assert source_state("me/mine") == "me/mine" and source_state(None) is None
 
 
 def test_a_lora_is_applied_within_the_context_alone_even_if_that_fails(shared):

@@ -44,6 +44,7 @@ def test_images_on_which_a_reward_fails_are_counted_and_left_out(own_rewards, sh
     values = [line["picky:score"] for line in lines if line["model"] == "a"]
     assert values[3] is None and score["mean"] == pytest.approx(np.mean([v for v in values if v is not None]))
     assert "2 images were not scored: RuntimeError: no faces; reward 'picky:score' raised this" in caplog.text
+    assert 'picky.py", line 3, in score' in caplog.text  # where it failed
     for name in ("results.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert "score failed on 2 of 12 images (base, 2 steps: 1; a, 2 steps: 1)" in text

@@ -15,7 +15,7 @@ import train_pso_lora_sdxl
 import train_pso_online
 from pso_utils.evaluate import __main__ as evaluate
 from tests.families.cases import CASES, PROMPTS, find_case
-from tests.script_runs import metrics, to_flags, weights
+from tests.script_runs import error_line, metrics, to_flags, weights
 
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
@@ -23,8 +23,11 @@ pytestmark = pytest.mark.usefixtures("fresh_state")
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
+    return prepare(find_case(request.param), tmp_path_factory.mktemp(request.param))
+
+
+def prepare(case, folder):
     """A family's case, with a folder that has its pipeline, prompts and captioned images."""
-    case, folder = find_case(request.param), tmp_path_factory.mktemp(request.param)
     case.folder = folder
     case.build().save_pretrained(folder / "pipeline")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
@@ -80,3 +83,38 @@ def test_offline_trains_resumes_and_is_evaluated(case, tmp_path):
         np.asarray(Image.open(path)) for path in sorted((tmp_path / "evaluation" / "images").rglob("00000-00.png"))
     ]
     assert len(images) == 2 and (images[0] != images[1]).any()
+
+
+# ---- What all families share ----
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory):
+    return prepare(find_case("z_image"), tmp_path_factory.mktemp("z_image"))
+
+
+def test_lora_path_goes_on_from_a_lora_of_ones_own(z_image, tmp_path, capsys):
+    flags = z_image.flags | {"prompts": z_image.folder / "prompts.txt", "reward": "jpeg_compressibility"}
+    flags |= {"sample_batches_per_epoch": 1, "num_validation_images": 0, "report_to": "none", "max_train_steps": 1}
+    first, second = flags | {"output_dir": tmp_path / "first"}, flags | {"output_dir": tmp_path / "second"}
+    train_pso_online.main(to_flags(first | {"rank": 3, "lora_alpha": 2.0, "learning_rate": 1e-2}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_pso_online.main(to_flags(second | {"lora_path": tmp_path / "first", "learning_rate": 0.0}))
+    ours, theirs = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert "| rank | 3 |" in (tmp_path / "second" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        train_pso_online.main(to_flags(second | {"lora_path": tmp_path / "first", "rank": 4}))
+    assert error_line(capsys.readouterr().err) == "error: --rank is that of the LoRA in --lora_path: drop it"
+
+
+def test_a_quantized_base_is_trained_on_and_evaluated(z_image, tmp_path):
+    flags = z_image.flags | {"prompts": z_image.folder / "prompts.txt", "reward": "jpeg_compressibility"}
+    flags |= {"quantize": "nf4"}
+    train = {"sample_batches_per_epoch": 1, "report_to": "none", "max_train_steps": 1, "output_dir": tmp_path / "lora"}
+    train_pso_online.main(to_flags(flags | train | {"learning_rate": 1e-2}))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert "| quantize | nf4 |" in (tmp_path / "lora" / "README.md").read_text()
+    settings = {"lora": f"tuned={tmp_path / 'lora'}", "images_per_prompt": 1, "output_dir": tmp_path / "evaluation"}
+    evaluate.main(to_flags(flags | settings))
+    assert "quantize: nf4" in json.loads((tmp_path / "evaluation" / "results.json").read_text())["settings"]

@@ -13,7 +13,7 @@ from family_inputs import batch, draw, noise, one_line, plain_pipeline, randomiz
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora
@@ -241,7 +241,7 @@ def test_a_lora_that_does_not_fit_is_one_clear_error_and_changes_nothing(tmp_pat
     other.save_lora(tmp_path)
     family.add_lora(rank=4)
     before = weights(family)
-    with pytest.raises(UserError, match="a LoRA of another model; resume with the base model") as info:
+    with pytest.raises(UserError, match="a LoRA of another model; pass the base model") as info:
         lora.load_lora(family.denoiser, "unet", tmp_path)
     one_line(info)
     (tmp_path / WEIGHT_NAME).write_bytes((tmp_path / WEIGHT_NAME).read_bytes()[:-1])
@@ -251,3 +251,25 @@ def test_a_lora_that_does_not_fit_is_one_clear_error_and_changes_nothing(tmp_pat
         one_line(info)
         (tmp_path / WEIGHT_NAME).unlink(missing_ok=True)
     assert all(map(torch.equal, weights(family), before))
+
+
+# ---- A LoRA to go on from ----
+
+
+def test_a_loras_file_says_rank_alpha_and_layers(family, tmp_path):
+    family.add_lora(rank=3, lora_alpha=5, target_modules=["to_q", "to_v"])
+    family.save_lora(tmp_path / "own")
+    for source in (tmp_path / "own", tmp_path / "own" / "pytorch_lora_weights.safetensors"):
+        path = lora.lora_file(str(source))
+        assert lora.read_lora_settings(path, part="unet") == (3, 5, ["to_q", "to_v"])
+    with pytest.raises(UserError, match="does not say rank, alpha and layers of one LoRA of the transformer"):
+        lora.read_lora_settings(path, part="transformer")
+
+
+def test_a_lora_without_metadata_is_none_to_go_on_from(tmp_path):
+    save_file({"unet.to_q.lora_A.weight": torch.zeros(1)}, tmp_path / "bare.safetensors")
+    (tmp_path / "text.safetensors").write_text("no LoRA")
+    for name, message in (("bare", "does not say rank, alpha and layers"), ("text", "is no LoRA that can be read")):
+        with pytest.raises(UserError, match=message) as info:
+            lora.read_lora_settings(str(tmp_path / f"{name}.safetensors"), part="unet")
+        assert "pass one written by" in one_line(info)

@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import threading
 import traceback
 from importlib.machinery import PathFinder
 
@@ -241,6 +242,47 @@ def test_a_reward_that_cannot_be_called_so_says_whose_it_is():
     with pytest.raises(TypeError) as info:
         make_rewards(lambda images: [1.0])(make_images(1), [""])
     assert "reward 'mine:f0'" in info.value.__notes__[0]
+
+
+@pytest.mark.parametrize("code", [0, None, 1, "enough"])
+def test_a_reward_that_ends_the_program_is_an_error(code):
+    def score(images, prompts):
+        sys.exit(code)
+
+    with pytest.raises(UserError) as info:
+        make_rewards(score)(make_images(1), [""])
+    line = score.__code__.co_firstlineno + 1
+    assert f"reward 'mine:f0' ends the program (SystemExit: {code}, {__file__}, line {line})" in one_line(info)
+
+
+def test_what_a_reward_does_to_its_images_is_not_seen_by_others():
+    images, before = make_images(3), [image.tobytes() for image in make_images(3)]
+
+    def paint(images, prompts):
+        for image in images:
+            image.paste((255, 0, 0), (0, 0, *image.size))
+        return [0.0] * len(images)
+
+    seen = []
+    make_rewards(paint, lambda images, prompts: seen.extend(images) or [0.0] * len(images))(images, [""] * 3)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in seen] == before
+
+
+def test_a_reward_that_hangs_is_named_in_the_log(monkeypatch):
+    monkeypatch.setattr(registry, "SLOW_SECONDS", 0.01)
+    is_told, told = threading.Event(), []
+    monkeypatch.setattr(registry.logger, "warning", lambda message: told.append(message) or is_told.set())
+
+    def score(images, prompts):
+        assert is_told.wait(timeout=30)
+        return [0.0] * len(images)
+
+    make_rewards(score)(make_images(2), ["", ""])
+    assert "reward 'mine:f0' has been scoring 2 images for over 0.01 seconds" in told
+    before = threading.active_count()
+    monkeypatch.setattr(registry, "SLOW_SECONDS", 60)
+    make_rewards(lambda images, prompts: [0.0])(make_images(1), [""])
+    assert threading.active_count() <= before  # no timer is left behind
 
 
 def test_an_interrupt_is_not_swallowed():

@@ -23,6 +23,7 @@ from diffusers.optimization import get_scheduler
 import train_pso_online
 from pso_utils.errors import UserError
 from pso_utils.families.loading import ModelSource, load_pipeline
+from pso_utils.families.lora import checksum
 from pso_utils.families.sdxl import SDXL
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, check_checkpoint_lora, find_checkpoint, read_state
 from pso_utils.run.result import save_lora
@@ -125,6 +126,27 @@ def saved(tiny_pipeline_dir, tmp_path_factory):
 def output_dir(saved, tmp_path):
     """A copy that the test may spoil."""
     return Path(shutil.copytree(saved[0], tmp_path / "run"))
+
+
+def test_processes_with_different_loras_write_no_checkpoint(tiny_pipeline_dir, tmp_path, monkeypatch):
+    run = Run(tiny_pipeline_dir, tmp_path)
+    run.step()
+    first = run.save(1)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    other = {"change": 0.0}
+
+    def gather(own):  # the other process has the same LoRA, but for the change
+        run.parameters[0].data[0, 0] += other["change"]
+        return torch.cat([own, torch.tensor([checksum(run.family.denoiser)])])
+
+    monkeypatch.setattr(run.accelerator, "gather", gather)
+    assert run.save(2).is_dir()
+    other["change"] = 1e-6
+    with pytest.raises(
+        UserError, match="checkpoint-3 is not written: the LoRA is not the same on all processes.* latest"
+    ):
+        run.save(3)
+    assert first.is_dir() and not (tmp_path / "checkpoint-3").exists()
 
 
 def test_resumed_run_continues_bit_for_bit(tiny_pipeline_dir, saved):

@@ -1,20 +1,25 @@
+from types import SimpleNamespace
+
 import torch
 
 from pso_utils.run.logs import MetricsLog
 
 
 def test_metrics_are_appended_and_rewound(tmp_path):
-    log = MetricsLog(tmp_path)
+    tracked = []
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: tracked.append((step, values)))
+    log = MetricsLog(accelerator, tmp_path)
     assert log.read() == []
     log.rewind(0, validated_step=-1)
     for step in range(1, 4):
-        log.append(step, {"loss": torch.tensor(0.5) * step, "grad_norm": float("inf"), "epoch": 1})
-        log.append(step, {"validation/reward_mean": 0.5})  # the run was taken up before those of steps 1 and 2
+        log(step, {"loss": torch.tensor(0.5) * step, "grad_norm": float("inf"), "epoch": 1})
+        log(step, {"validation/reward_mean": 0.5})  # the run was taken up before those of steps 1 and 2
+    assert tracked[-1] == (3, {"validation/reward_mean": 0.5}) and len(tracked) == 6
     with log.path.open("a") as file:
         file.write('{"step": 4, "lo')  # killed in the middle of a line
     assert [line["step"] for line in log.read()] == [1, 1, 2, 2, 3, 3]
-    MetricsLog(tmp_path).rewind(2, validated_step=0)
-    log.append(3, {"loss": 0.0})
+    MetricsLog(accelerator, tmp_path).rewind(2, validated_step=0)
+    log(3, {"loss": 0.0})
     assert log.read() == [
         {"step": 1, "loss": 0.5, "grad_norm": None, "epoch": 1},
         {"step": 2, "loss": 1.0, "grad_norm": None, "epoch": 1},
