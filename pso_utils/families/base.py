@@ -15,8 +15,9 @@ its pipelines' model_index.json states. It sets the class attributes below and d
 
 and, where the pipeline differs: `schedule_arguments` (what it passes to `set_timesteps`), `call_arguments`, `collate`,
 `latent_shape` and `unpack` (where the loop's latents are packed), `encode_images` and `decode_latents` (where the VAE's
-class is not in `families/vae.py`). tests/families/cases holds what its tests need: a tiny pipeline with random weights,
-on which tests/families/test_every_family.py holds the adapter against diffusers itself.
+class is not in `families/vae.py`), `default_lora_targets` (where they depend on the model's size). tests/families/cases
+holds what its tests need: a tiny pipeline with random weights, on which tests/families/test_every_family.py holds the
+adapter against diffusers itself.
 """
 
 import inspect

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from pso_utils.families.base import Conditioning, GuidanceScales
+from pso_utils.families.base import Conditioning, GuidanceScales, quiet_libraries
 from pso_utils.families.flow import PackedFamily, grid_positions, pack, unpack
 
 
@@ -23,18 +23,9 @@ class Flux(PackedFamily):
     max_sequence_length = 512
     card_tags = ["flux"]
     lora_targets = [
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ]
     conditioning_keys = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
 
@@ -49,7 +40,9 @@ class Flux(PackedFamily):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
+        # CLIP's tokenizer cuts at 77, but its part is the pooled embedding alone
+        self.warn_of_long_prompts(prompts, self.pipeline.tokenizer_2, self.max_sequence_length)
+        with self._use(*self.text_encoders, offload=self.offload_text_encoders), quiet_libraries():
             prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
                 list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
             )
@@ -75,4 +68,4 @@ class Flux(PackedFamily):
         return unpack(model_output.float(), height, width)
 
     def pipeline_inputs(self, conditioning: Conditioning) -> dict:
-        return {name: conditioning[name] for name in ("prompt_embeds", "pooled_prompt_embeds")}
+        return dict(conditioning)

@@ -72,7 +72,7 @@ class Flux2Klein(FlowFamily):
         return from_sequence(model_output.float(), height, width)
 
     def pipeline_inputs(self, conditioning: Conditioning) -> dict:
-        return {"prompt_embeds": conditioning["prompt_embeds"]}
+        return dict(conditioning)
 
     @torch.no_grad()
     def generate(self, conditioning: Conditioning, generators: list[torch.Generator], deployment: Deployment) -> Tensor:

@@ -48,6 +48,14 @@ def test_the_plain_pipeline_draws_the_same_when_called_as_the_card_says():
     assert (drawn[0] - drawn[1]).abs().max() > 1e-3 and (drawn[1] - drawn[2]).abs().max() > 1e-4
 
 
+def test_prompts_that_are_cut_off_are_told_of_once(caplog):
+    family = Flux(flux_dev.build(), max_sequence_length=32)
+    for prompts in (PROMPTS, [80 * "panda ", 90 * "panda "], [100 * "panda "]):
+        family.encode_prompts(prompts)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("prompts are cut off after 32 tokens, the first one is: 'a sailboat")
+
+
 def test_a_distillation_lora_is_fused_with_its_scale(tmp_path):
     flux_dev.build().save_pretrained(tmp_path / "pipeline")
     family = Flux(load_pipeline(ModelSource(str(tmp_path / "pipeline"))))

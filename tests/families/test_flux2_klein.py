@@ -17,7 +17,8 @@ from tests.families.cases.flux2_klein import build, unpack
 
 @pytest.mark.parametrize("entries", [{}, {"is_distilled": False}])
 def test_a_base_is_refused_before_anything_else_is_read(tmp_path, entries):
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline", **entries}))
+    entries |= {"_class_name": "Flux2KleinPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match="no few-step model .*; pass FLUX.2-klein-4B or -9B") as info:
         read_model_info(ModelSource(str(tmp_path)))
     one_line(info)
