@@ -33,6 +33,7 @@ class ModelSource:
         vae: instead of the pipeline's, of the same class.
         distilled_denoiser: a local file, `repo:file`, or the folder or hub id of a denoiser with its own config, which
             replaces the pipeline's.
+        distilled_flag: what named it, distilled_unet or distilled_transformer, to be held against the family.
         distillation_lora, distillation_lora_scale: a file, a folder, `repo` or `repo:file`, fused into the denoiser
             with this scale.
         revision, variant: of the pipeline.
@@ -44,6 +45,7 @@ class ModelSource:
     pretrained_model_name_or_path: str
     vae: str | None = None
     distilled_denoiser: str | None = None
+    distilled_flag: str | None = None
     distillation_lora: str | None = None
     distillation_lora_scale: float = 1.0
     revision: str | None = None
@@ -111,6 +113,10 @@ def read_model_info(source: ModelSource) -> ModelInfo:
         raise UserError(f"{base}: its model_index.json does not name the classes of the pipeline and of its scheduler")
     family = find_family(pipeline_class, base)
     family.check_pipeline(model_index)
+    own_flag = f"distilled_{family.denoiser_name}"
+    if source.distilled_flag not in (None, own_flag):
+        name = family.pipeline_class.__name__
+        raise UserError(f"--{source.distilled_flag}: a {name} has a {family.denoiser_name}: pass --{own_flag}")
     base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
     denoiser_config = _check_distilled_denoiser(source, family, base_config)
     if source.distillation_lora is not None:

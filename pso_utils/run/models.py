@@ -42,10 +42,14 @@ def model_settings(args: argparse.Namespace) -> dict:
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
+    flags = [flag for flag in ("distilled_unet", "distilled_transformer") if getattr(args, flag)]
+    if len(flags) > 1:
+        raise UserError("--distilled_unet and --distilled_transformer are two denoisers: pass one")
     return ModelSource(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         vae=args.pretrained_vae_model_name_or_path,
-        distilled_denoiser=args.distilled_unet or args.distilled_transformer,
+        distilled_denoiser=getattr(args, flags[0]) if flags else None,
+        distilled_flag=flags[0] if flags else None,
         distillation_lora=args.distillation_lora,
         distillation_lora_scale=args.distillation_lora_scale or 1.0,
         revision=args.revision,
@@ -65,8 +69,6 @@ def check_model(args: argparse.Namespace) -> ModelInfo:
         UserError: files that are missing or don't belong together, a resolution that doesn't fit the VAE, guidance for
             a model that takes none, or another flag that the family does not take.
     """
-    if args.distilled_unet and args.distilled_transformer:
-        raise UserError("--distilled_unet and --distilled_transformer are two denoisers: pass one")
     info = read_model_info(model_source(args))
     _check_family_flags(args, info.family)
     info.family.check_size(info.vae_config, args.resolution, args.resolution)
@@ -75,10 +77,7 @@ def check_model(args: argparse.Namespace) -> ModelInfo:
 
 
 def _check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
-    name, own = family.pipeline_class.__name__, f"distilled_{family.denoiser_name}"
-    for flag in ("distilled_unet", "distilled_transformer"):
-        if getattr(args, flag) and flag != own:
-            raise UserError(f"--{flag}: the denoiser of a {name} is its {family.denoiser_name}: pass --{own}")
+    name = family.pipeline_class.__name__
     if args.max_sequence_length is not None and family.max_sequence_length is None:
         raise UserError(f"--max_sequence_length: a {name} takes none: drop it")
     if args.max_sequence_length is not None and args.max_sequence_length > family.longest_sequence:
