@@ -21,7 +21,7 @@ class FlowFamily(Family):
 
     @classmethod
     def size_multiple(cls, vae_config: dict) -> int:
-        # the name that AutoencoderKLQwenImage has for its downsamplings, or AutoencoderKL's blocks, the last without
+        # AutoencoderKLQwenImage lists its downsamplings; AutoencoderKL has one after each block but the last
         downsamplings = vae_config.get("temperal_downsample") or vae_config["block_out_channels"][1:]
         return cls.latents_per_patch * 2 ** len(downsamplings)
 
