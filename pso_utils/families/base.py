@@ -299,8 +299,6 @@ class Family(ABC):
         else:
             arguments = {"num_inference_steps": deployment.num_inference_steps}
         arguments["guidance_scale"] = self.guidance_scale
-        if self.max_sequence_length is not None:
-            arguments["max_sequence_length"] = self.max_sequence_length
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
         if self.max_sequence_length is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Mistral3Config, Mistral3Model
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
-from pso_utils.families.flow import FlowFamily, ragged
+from pso_utils.families.flow import FlowFamily, ragged, unpadded_rows
 
 
 class ErnieImage(FlowFamily):
@@ -49,9 +49,7 @@ class ErnieImage(FlowFamily):
         return model_output.float()
 
     def pipeline_inputs(self, conditioning: Conditioning) -> dict:
-        lengths = conditioning["prompt_mask"].sum(dim=1).tolist()
-        rows = zip(conditioning["prompt_embeds"], lengths)
-        return {"prompt_embeds": [row[:length] for row, length in rows]}
+        return {"prompt_embeds": unpadded_rows(conditioning)}
 
     def call_arguments(self, deployment: Deployment) -> dict:
         return super().call_arguments(deployment) | {"use_pe": False}

@@ -55,6 +55,12 @@ def ragged(prompt_embeds: Tensor) -> Conditioning:
     return Conditioning(prompt_embeds=prompt_embeds, prompt_mask=mask)
 
 
+def unpadded_rows(conditioning: Conditioning) -> list[Tensor]:
+    """A batch's embeddings, [S_i, ...] each, without what pads them."""
+    lengths = conditioning["prompt_mask"].sum(dim=1).tolist()
+    return [row[:length] for row, length in zip(conditioning["prompt_embeds"], lengths)]
+
+
 def without_padding(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
     """A batch's embeddings [B, S, ...], cut to its longest prompt, and its mask [B, S]: None where all are as long."""
     prompt_embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_mask"]

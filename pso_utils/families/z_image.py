@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from pso_utils.families.base import Conditioning, GuidanceScales
-from pso_utils.families.flow import FlowFamily, ragged
+from pso_utils.families.flow import FlowFamily, ragged, unpadded_rows
 
 
 class ZImage(FlowFamily):
@@ -36,18 +36,12 @@ class ZImage(FlowFamily):
             )
         return [ragged(row) for row in prompt_embeds]
 
-    def _ragged(self, conditioning: Conditioning) -> list[Tensor]:
-        """The prompts' embeddings [S_i, D], without what pads them."""
-        lengths = conditioning["prompt_mask"].sum(dim=1).tolist()
-        return [row[:length] for row, length in zip(conditioning["prompt_embeds"], lengths)]
-
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # one frame [C, 1, h, w] each; the model's time runs from 0 to 1, and its output is x0 - eps
         frames = latents.to(self.denoiser.dtype).unsqueeze(2).unbind()
-        outputs = self.denoiser(list(frames), (1000 - timesteps) / 1000, self._ragged(conditioning), return_dict=False)[
-            0
-        ]
+        times, prompt_embeds = (1000 - timesteps) / 1000, unpadded_rows(conditioning)
+        outputs = self.denoiser(list(frames), times, prompt_embeds, return_dict=False)[0]
         return -torch.stack([output.float() for output in outputs]).squeeze(2)
 
     def pipeline_inputs(self, conditioning: Conditioning) -> dict:
-        return {"prompt_embeds": self._ragged(conditioning)}
+        return {"prompt_embeds": unpadded_rows(conditioning)}

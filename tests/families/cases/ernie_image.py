@@ -1,15 +1,11 @@
 """ERNIE-Image-Turbo: static shift 3, guidance 1, without its prompt enhancer."""
 
 import torch
-from diffusers import (
-    AutoencoderKLFlux2,
-    ErnieImagePipeline,
-    ErnieImageTransformer2DModel,
-    FlowMatchEulerDiscreteScheduler,
-)
+from diffusers import ErnieImagePipeline, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from transformers import Ministral3Config, Ministral3ForCausalLM, Mistral3Config, Mistral3Model, PixtralVisionConfig
 
 from tests.families.cases import draw_weights
+from tests.families.cases.flux2_klein import build_vae
 from tests.families.cases.tokenizers import build_mistral_tokenizer
 
 
@@ -22,19 +18,6 @@ def encode(pipeline, pixels):
     latents = pipeline._patchify_latents(pipeline.vae.encode(pixels).latent_dist.mode())
     mean, variance = (value.view(1, -1, 1, 1) for value in (pipeline.vae.bn.running_mean, pipeline.vae.bn.running_var))
     return (latents - mean) / torch.sqrt(variance + 1e-5)
-
-
-def build_vae() -> AutoencoderKLFlux2:
-    """FLUX.2's architecture with 4 channels; variances so small that the batch norm's eps counts."""
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    vae.bn.running_mean.normal_(std=0.3)
-    vae.bn.running_var.uniform_(1e-4, 2.0)
-    return vae
 
 
 def build() -> ErnieImagePipeline:
@@ -63,11 +46,11 @@ def build() -> ErnieImagePipeline:
         text_in_dim=16,
         rope_axes_dim=(8, 4, 4),
     )
-    vae, enhancer = build_vae(), Ministral3ForCausalLM(text_config)
-    draw_weights(text_encoder, transformer, vae, enhancer)
+    enhancer = Ministral3ForCausalLM(text_config)
+    draw_weights(text_encoder, transformer, enhancer)
     return ErnieImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
+        vae=build_vae(),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         transformer=transformer,
