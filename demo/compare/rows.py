@@ -28,7 +28,7 @@ from pso_utils.data.prompts import epoch_prompts, load_prompts
 
 MODEL = "--pretrained_model_name_or_path demo/emoji-turbo --resolution 32 --num_inference_steps 4 --vae_batch_size 64"
 QUIET = "--num_validation_images 0 --report_to none"
-OFFLINE = f"train_pso_lora_sdxl.py {MODEL} {QUIET} --train_batch_size 32 --center_crop --cache_latents"
+OFFLINE = f"train_pso_lora_sdxl.py {MODEL} {QUIET} --train_batch_size 32 --center_crop --cache_latents --cache_prompts"
 PAIRS = f"{OFFLINE} --task preference --dataset_name {{tasks}}/preference.parquet"
 EVERY_LAYER = (
     "--rank 16 --lr_scheduler cosine --lr_warmup_steps 10 --lora_target_modules to_q to_k to_v to_out.0 proj_in "
@@ -45,8 +45,10 @@ VIEWS = (
 ONLINE = (  # the README's command
     f"train_pso_online.py {MODEL} {QUIET} --prompts demo/prompts.txt --reward demo.rewards:twemoji --rank 32 "
     "--samples_per_prompt 8 --sample_batch_size 16 --sample_batches_per_epoch 4 --train_batch_size 64 "
-    "--reward_batch_size 128 --lr_scheduler cosine --lr_warmup_steps 5"
+    "--reward_batch_size 128 --lr_scheduler cosine"
 )
+# as many samples as the transitions' row draws: an epoch, of which each optimizer step has all pairs, is three steps
+DENOISING = f"{ONLINE} --objective denoising --num_inner_epochs 3 --lr_warmup_steps 12"
 ONLINE_STEPS, ONLINE_PROMPTS, SAMPLES_PER_PROMPT = 21, 64, 8  # an epoch, one optimizer step, is of 64 prompts
 SOLUTIONS, SOLUTIONS_BATCH = 1024, 128  # each of a re-distillation's batches is of 2 x 128
 CLASS_SAMPLES = 100
@@ -129,7 +131,27 @@ ROWS = [
     Row("sigmoid", f"PSO as in the paper ({PAPER})", ("3e-4", "1e-4", "1e-3"), 90, f"{PAIRS} --loss sigmoid {PAPER}"),
     Row("hinge", f"PSO as released ({RELEASE})", ("1e-3", "5e-4", "2e-3"), 90, f"{PAIRS} --loss hinge {RELEASE}"),
     Row("ours", "PSO with this project's defaults", ("2e-3", "1e-3", "4e-3"), 90, PAIRS),
-    Row("online", "online PSO, the likeness as a reward", ("2.7e-3", "1.8e-3", "4e-3"), ONLINE_STEPS, ONLINE),
+    Row(
+        "online",
+        "online PSO by transitions, the likeness as a reward",
+        ("2.7e-3", "1.8e-3", "4e-3"),
+        ONLINE_STEPS,
+        f"{ONLINE} --objective transition --lr_warmup_steps 5",
+    ),
+    Row(
+        "online-denoising",
+        "online PSO by denoising errors, with the same reward and as many samples",
+        ("2e-3", "3e-3", "4e-3"),
+        3 * ONLINE_STEPS,
+        DENOISING,
+    ),
+    Row(
+        "online-denoising-mdp",
+        "the same, weighted by mdp",
+        ("2e-3", "3e-3", "4e-3"),
+        3 * ONLINE_STEPS,
+        f"{DENOISING} --weighting mdp",
+    ),
     Row(
         "best-of-k",
         "diffusion loss on the best of 8 samples of the base by the same reward, as many samples as online, drawn once",
