@@ -226,11 +226,13 @@ def transcribed_errors(schedule, clean, noise, model_output, step_index, weighti
         "flow": x_t - sigma * model_output,
         "trigflow": alpha * x_t - sigma / schedule.sigma_data * model_output,
     }[schedule.prediction_type]
-    w = {"epsilon": (alpha / sigma) ** 2, "x0": 1.0, "mdp": gain**2 / (2 * std**2)}[weighting]
+    w = {"epsilon": (alpha / sigma) ** 2, "x0": 1.0, "velocity": 1 / sigma**2, "mdp": gain**2 / (2 * std**2)}[weighting]
     return (w * (clean - f) ** 2).mean(dim=(1, 2, 3))
 
 
 def has_weights(case, weighting) -> bool:
+    if weighting == "velocity":
+        return case in FLOW_HALF
     return weighting != "mdp" or not (case.steps["num_inference_steps"] == 1 or case.arguments.get("eta") == 0)
 
 
