@@ -127,13 +127,23 @@ def read_url(url: str, folders: Sequence[Path] | None) -> bytes:
     try:
         with fsspec.open(f"{member}::{location}" if member else url, "rb") as file:
             data = file.read(MAX_FILE_SIZE + 1)
-    except FileNotFoundError as error:
-        raise BrokenImage(f"{url}: there is no such file") from error
     except Exception as error:  # each file system has its own for an outage, for which no image is to blame
-        raise UserError(f"{url} cannot be read ({first_line(error)}): mend that, then go on") from error
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # which fsspec says of a server that is down, too
+        is_missing = isinstance(error, FileNotFoundError)
+        if is_missing and not (url.startswith("http") and is_outage(cause)):
+            raise BrokenImage(f"{url}: there is no such file") from error
+        raise UserError(f"{url} cannot be read ({first_line(cause)}): mend that, then go on") from error
     if len(data) > MAX_FILE_SIZE:
         raise BrokenImage(f"{url}: more than {MAX_FILE_SIZE} bytes; make it smaller")
     return data
+
+
+def is_outage(cause: Exception) -> bool:
+    """Whether this, from an HTTP client, tells of a server that does not answer, or not as it should."""
+    return not isinstance(cause, FileNotFoundError) and getattr(cause, "status", None) not in (404, 410)
 
 
 def upright(image: Image.Image) -> Image.Image:

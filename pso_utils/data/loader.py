@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, islice
 from typing import NamedTuple
 
@@ -101,14 +101,15 @@ class PairLoader:
             UserError: a broken image without `skip_broken_images`, a caption that is no string, an unreadable file.
         """
         augment = partial(self._augmentation, epoch)
-        empty = self._pair_batch([], augment)
-        return self._in_step(_joined(self._read(self._jobs(epoch, start), augment)), start, empty)
+        minibatches = _joined(self._read(self._jobs(epoch, start), augment))
+        return self._in_step(minibatches, start, self._pair_batch([], augment)) if self._is_split else minibatches
 
     def record_minibatches(self, epoch: int, start: int = 0) -> Iterator[Minibatch]:
         """The same minibatches, of `RecordBatch`, for a run that has all latents: of a table no image is read, so that
         broken ones are not noticed, and none is left out."""
         batches = ((job.size, job.end, self._record_batch(job.items, epoch)) for job in self._jobs(epoch, start))
-        return self._in_step(_joined(batches), start, self._record_batch([], epoch))
+        minibatches = _joined(batches)
+        return self._in_step(minibatches, start, self._record_batch([], epoch)) if self._is_split else minibatches
 
     def stored_order(
         self, *, flip: bool, is_done: Callable[[list[str]], bool]
@@ -139,36 +140,34 @@ class PairLoader:
             generator=torch.Generator(),  # it draws a seed for the workers; the global generator is the script's
         )
 
-    @property
+    @cached_property
     def _is_split(self) -> bool:
         return isinstance(self.source, Stream) and self.num_processes > 1
 
     def _jobs(self, epoch: int, start: int) -> Iterator[_Job]:
-        for size, end, part in self._parts(epoch, start):
-            for first in range(0, max(len(part), 1), self.train_batch_size):
-                yield _Job(size, end, part[first : first + self.train_batch_size])
-
-    def _parts(self, epoch: int, start: int) -> Iterator[tuple[int, int, list]]:
-        """(size, end, this process's items) of each minibatch."""
         if self._is_split:
-            ranks = {"num_processes": self.num_processes, "process_index": self.process_index}
-            items = self.source.order(seed=self.seed, epoch=epoch, **ranks)
-            own_size = len(contiguous_part(range(self.minibatch_size), self.num_processes, self.process_index))
-            items = islice(items, start // self.minibatch_size * own_size, None)
-            while part := list(islice(items, own_size)):
-                start += self.minibatch_size
-                yield len(part), start, part
+            yield from self._own_jobs(epoch, start)
             return
         items = islice(self.source.order(seed=self.seed, epoch=epoch), start, None)
         while minibatch := list(islice(items, self.minibatch_size)):
             start += len(minibatch)
-            yield len(minibatch), start, contiguous_part(minibatch, self.num_processes, self.process_index)
+            part = contiguous_part(minibatch, self.num_processes, self.process_index)
+            for first in range(0, max(len(part), 1), self.train_batch_size):
+                yield _Job(len(minibatch), start, part[first : first + self.train_batch_size])
+
+    def _own_jobs(self, epoch: int, start: int) -> Iterator[_Job]:
+        """Those of this process's part of a split stream, whose minibatches have its part of `minibatch_size`."""
+        size = len(contiguous_part(range(self.minibatch_size), self.num_processes, self.process_index))
+        ranks = {"num_processes": self.num_processes, "process_index": self.process_index}
+        items = self.source.order(seed=self.seed, epoch=epoch, **ranks)
+        items = islice(items, start // self.minibatch_size * size, None)
+        while part := list(islice(items, size)):
+            start += self.minibatch_size
+            for first in range(0, len(part), self.train_batch_size):
+                yield _Job(len(part), start, part[first : first + self.train_batch_size])
 
     def _in_step(self, minibatches: Iterator[Minibatch], start: int, empty: PairBatch | RecordBatch):
-        """The minibatches, followed by empty ones while other processes still have some."""
-        if not self._is_split:
-            yield from minibatches
-            return
+        """A split stream's minibatches, followed by empty ones while other processes still have some."""
         end = start
         while on_any_process((minibatch := next(minibatches, None)) is not None):
             end += self.minibatch_size
