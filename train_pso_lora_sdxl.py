@@ -603,6 +603,7 @@ def run(args):
             log(state.global_step, {"epoch": state.epoch, "broken": state.num_broken, **metrics})
             updates.update()
             updates.set_postfix(loss=metrics["loss"])
+            checkpoints.stop_if_interrupted()
 
             if references is not None and state.global_step % refresh_steps == 0:
                 if state.global_step < max_train_steps:
