@@ -159,10 +159,10 @@ def test_the_update_does_not_synchronize_with_the_gpu(flags, monkeypatch, loss):
         run(flags("concept", loss=loss, max_train_steps=2))
 
 
-def test_the_class_anchor_rides_in_the_same_calls_of_the_model(flags, denoiser_calls):
+def test_the_class_anchor_rides_in_the_same_calls_of_the_model(flags, tmp_path, denoiser_calls):
     run(flags("concept", max_train_steps=1))
     assert denoiser_calls[-2:] == [(False, False, 6), (True, True, 6)]  # two targets, two references, and those again
-    run(flags("concept", max_train_steps=1, class_anchor=0))
+    run(flags("concept", max_train_steps=1, class_anchor=0, output_dir=tmp_path / "other"))
     assert denoiser_calls[-2:] == [(False, False, 4), (True, True, 4)]
 
 
@@ -185,7 +185,7 @@ def test_few_functions_run_between_two_backward_calls(flags, monkeypatch):
     assert 4 <= len(functions) <= 16
 
 
-def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
+def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, tmp_path, monkeypatch):
     load_family, backward, moves = models.load_family, Accelerator.backward, []
 
     def load_and_watch(*args):
@@ -205,7 +205,8 @@ def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
     assert sorted(first) == sorted(there + back) and moves[len(first) : len(first) + 4] == ["backward"] * 4
     assert sorted(second) == sorted(there + back) and moves[-2:] == ["backward"] * 2
     moves.clear()
-    run(flags("style", **changes | {"sample_batch_size": 2}))  # three batches of references, and what they need
+    changes |= {"sample_batch_size": 2, "output_dir": tmp_path / "style"}
+    run(flags("style", **changes))  # three batches of references, and what they need
     before = [move for move in moves[: moves.index("backward")] if move != "backward"]
     assert before.count(("text_encoder", "cpu")) == 1
     rest = "".join("|" if move == "backward" else "v" * (move == ("vae", "cpu")) for move in moves)

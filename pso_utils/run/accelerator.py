@@ -66,6 +66,15 @@ def one_line_errors(script: str) -> Iterator[None]:
             " --gradient_checkpointing, --offload, --enable_vae_tiling, --mixed_precision bf16 or fp16"
             f" ({error})",
         )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if any(module.startswith("torch.distributed") for module in modules):
+            _print(
+                f"process {os.environ.get('RANK', 0)} waited for another one that has ended, or gave no sign for"
+                f" {PROCESS_TIMEOUT.total_seconds() / 60:g} minutes: see its message, and go on with"
+                " --resume_from_checkpoint latest"
+            )
+        raise
 
 
 def _end(error: BaseException, message: str):

@@ -591,6 +591,7 @@ import torch
 from test_checkpoints import Run
 from pso_utils.errors import UserError
 from pso_utils.run.checkpoints import find_checkpoint
+from pso_utils.run.interruption import signals
 
 run = Run(sys.argv[1], sys.argv[2], checkpoints_total_limit=1, checkpointing_minutes=10)
 rank = run.accelerator.process_index
@@ -618,6 +619,10 @@ except UserError as error:
 assert ("main process stopped" in message) == (rank == 1), message
 assert "the latest checkpoint is checkpoint-2" in message
 run.accelerator.wait_for_everyone()
+
+for sender in (0, 1):  # a signal to either process is known to both
+    signals.received = 15 * (rank == sender)
+    assert signals.agreed(run.accelerator) == 15
 run.accelerator.end_training()
 """
 

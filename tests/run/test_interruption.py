@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
 from accelerate import Accelerator
@@ -79,6 +80,17 @@ def test_forked_workers_leave_signals_to_the_program():
             assert exit_code(lambda: os.kill(os.getpid(), signal.SIGINT)) == 0
 
     assert exit_code(program) == 0
+
+
+def test_an_error_of_a_collective_call_says_that_another_process_has_ended_or_stopped(capsys):
+    def wait():
+        raise RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 300000ms for recv operation to complete")
+
+    collective = FunctionType(wait.__code__, {"__name__": "torch.distributed.distributed_c10d"})
+    for function, expected in ((collective, True), (wait, False)):
+        with pytest.raises(RuntimeError, match="Timed out"), one_line_errors(__file__):
+            function()
+        assert ("gave no sign for 5 minutes" in capsys.readouterr().err) == expected
 
 
 def test_a_program_whose_launcher_is_gone_ends(monkeypatch):
