@@ -17,8 +17,10 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
@@ -249,12 +251,17 @@ class Checkpoints:
         _rotate(checkpoint, self.args.checkpoints_total_limit)
 
     def _write_files(self, folder: Path):
-        self.family.save_lora(folder)
-        torch.save(self._states(), folder / STATE_NAME)
-        files = {}
-        for path in _files(folder):
-            _sync(path)
-            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        lora, state = folder / LORA_WEIGHT_NAME_SAFE, folder / STATE_NAME
+        with ThreadPoolExecutor() as pool:  # a file is hashed and synced at once, the first while the second is written
+            self.family.save_lora(folder)
+            jobs = [pool.submit(_sha256, lora), pool.submit(_sync, lora)]
+            torch.save(self._states(), state)
+            jobs += [pool.submit(_sha256, state), pool.submit(_sync, state)]
+        lora_hash, _, state_hash, _ = (job.result() for job in jobs)
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in ((lora, lora_hash), (state, state_hash))
+        }
         # which of two was written later does not depend on the clock
         counter = 1 + max((_counter(path) for path in _checkpoints(self.args.output_dir)), default=0)
         manifest = {"global_step": self.state.global_step, "counter": counter, "files": files}
@@ -321,12 +328,8 @@ def _sync(path: Path):
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()  # in one call, during which other threads run
 
 
 def _checkpoints(output_dir) -> list[Path]:
@@ -351,7 +354,7 @@ def _rotate(newest: Path, total_limit: int | None) -> None:
     if total_limit is not None:
         # damaged ones go first, then the oldest
         others = [path for path in _checkpoints(newest.parent) if path != newest and _is_own(path)]
-        others.sort(key=lambda path: (_damage(path) is None, _counter(path), _step(path)))
+        others.sort(key=lambda path: (_damage(path, is_quick=True) is None, _counter(path), _step(path)))
         for path in others[: max(len(others) + 1 - total_limit, 0)]:
             _remove_own_files(path)
 
@@ -386,8 +389,9 @@ def _manifest(checkpoint: Path) -> dict | None:
         return None
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+def _damage(checkpoint: Path, *, is_quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole. With `is_quick`, only files that were changed after the
+    manifest was written are hashed."""
     manifest = _manifest(checkpoint)
     if manifest is None:
         return f"{MANIFEST_NAME} is missing, damaged or of another version"
@@ -397,7 +401,8 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes of {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
+        is_untouched = path.stat().st_mtime_ns <= (checkpoint / MANIFEST_NAME).stat().st_mtime_ns
+        if not (is_quick and is_untouched) and _sha256(path) != expected["sha256"]:
             return f"{name} is not what was written"
     return None
 
