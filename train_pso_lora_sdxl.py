@@ -492,6 +492,7 @@ def run(args):
             log(state.global_step, {"epoch": state.epoch, "broken": state.num_broken, **metrics})
             updates.update()
             updates.set_postfix(loss=metrics["loss"])
+            checkpoints.stop_if_interrupted()
 
             is_done = state.global_step >= max_train_steps
             if references is not None and state.global_step % refresh_steps == 0 and not is_done:

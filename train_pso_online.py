@@ -353,6 +353,7 @@ def run(args):
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
     while state.epoch < max_epochs and state.global_step < max_train_steps:
+        checkpoints.keep()
         first_step, start_time = state.global_step, time.perf_counter()
         first_index = accelerator.process_index * prompts_per_rank
         prompt_indices = range(first_index, first_index + prompts_per_rank)  # among the epoch's, on all processes
@@ -379,6 +380,7 @@ def run(args):
                 progress=sampling.update,
             )
             trajectories.append(latents.unflatten(0, (-1, args.samples_per_prompt)))
+            checkpoints.stop_if_interrupted()
         trajectories = torch.cat(trajectories)  # [P, K, N + 1 or 1, C, h, w], of the P prompts of this process
         sampling.close()
 
@@ -471,6 +473,7 @@ def run(args):
             epoch_metrics = {}
             updates.update()
             updates.set_postfix(loss=metrics["loss"], accuracy=metrics["pair_accuracy"])
+            checkpoints.stop_if_interrupted()
         state.epoch += 1
 
         # The state is complete between two epochs, so this is where a checkpoint can be taken: before the validation,

@@ -3,9 +3,12 @@
 import io
 import json
 import logging
+import multiprocessing
+import os
 import re
 import runpy
 import shutil
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,6 +40,7 @@ from script_runs import (
     two_processes,
     watch_moves,
     weights,
+    without_result,
 )
 
 import train_pso_lora_sdxl
@@ -163,10 +167,10 @@ def test_the_update_does_not_synchronize_with_the_gpu(flags, monkeypatch, loss):
         run(flags("concept", loss=loss, max_train_steps=2))
 
 
-def test_the_class_anchor_rides_in_the_same_calls_of_the_model(flags, denoiser_calls):
+def test_the_class_anchor_rides_in_the_same_calls_of_the_model(flags, tmp_path, denoiser_calls):
     run(flags("concept", max_train_steps=1))
     assert denoiser_calls[-2:] == [(False, False, 6), (True, True, 6)]  # two targets, two references, and those again
-    run(flags("concept", max_train_steps=1, class_anchor=0))
+    run(flags("concept", max_train_steps=1, class_anchor=0, output_dir=tmp_path / "other"))
     assert denoiser_calls[-2:] == [(False, False, 4), (True, True, 4)]
 
 
@@ -194,7 +198,7 @@ def test_few_functions_run_between_two_microbatches_of_the_readmes_command(
     assert 8 <= len(functions) <= 18 and len(data_loading) <= 40
 
 
-def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
+def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, tmp_path, monkeypatch):
     load_family, backward, moves = models.load_family, Accelerator.backward, []
 
     def load_and_watch(*args):
@@ -214,7 +218,8 @@ def test_what_is_offloaded_moves_at_most_once_a_minibatch(flags, monkeypatch):
     assert sorted(first) == sorted(there + back) and moves[len(first) : len(first) + 4] == ["backward"] * 4
     assert sorted(second) == sorted(there + back) and moves[-2:] == ["backward"] * 2
     moves.clear()
-    run(flags("style", **changes | {"sample_batch_size": 2}))  # three batches of references, and what they need
+    changes |= {"sample_batch_size": 2, "output_dir": tmp_path / "style"}
+    run(flags("style", **changes))  # three batches of references, and what they need
     before = [move for move in moves[: moves.index("backward")] if move != "backward"]
     assert before.count(("text_encoder", "cpu")) == 1
     rest = "".join("|" if move == "backward" else "v" * (move == ("vae", "cpu")) for move in moves)
@@ -419,8 +424,9 @@ def test_references_are_refreshed_from_the_model_that_the_policy_names(flags, de
 def test_references_of_a_run_that_was_otherwise_trained_are_not_taken_over(flags, tmp_path):
     changes = {"reference_policy": "current", "reference_refresh_steps": 2, "max_train_steps": 3}
     changes |= {"checkpointing_steps": 9}  # none, or a new run would be refused in the folder
-    for folder, rate in (("used", 1e-3), ("used", 1e-2), ("fresh", 1e-2)):
-        run(flags("style", output_dir=tmp_path / folder, learning_rate=rate, **changes))
+    without_result(run(flags("style", output_dir=tmp_path / "used", learning_rate=1e-3, **changes)))
+    for folder in ("used", "fresh"):
+        run(flags("style", output_dir=tmp_path / folder, learning_rate=1e-2, **changes))
     assert_same_run(tmp_path / "used", tmp_path / "fresh")
     for path in (tmp_path / "fresh" / "references").rglob("*.png"):
         assert (tmp_path / "used" / path.relative_to(tmp_path / "fresh")).read_bytes() == path.read_bytes()
@@ -460,13 +466,14 @@ def test_a_cache_encodes_each_image_once_and_trains_bit_for_bit_as_without_it(fl
     assert opened.count("encode") == 24  # six targets and six references, both ways round
     assert set(opened[opened.index("backward") :]) == {"backward"}
     opened.clear()
+    without_result(cached)
     assert_same_run(run(flags("style", output_dir=cached, cache_latents=True, **changes)), plain)
     assert set(opened) == {"backward"}
 
 
 def test_a_cached_run_refreshes_references_that_another_one_began(flags):
     """The class prompt is embedded before the text encoders go, though at first no reference is drawn."""
-    run(flags("concept", max_train_steps=1))  # which ends before a checkpoint
+    without_result(run(flags("concept", max_train_steps=1)))  # which ends before a checkpoint
     changes = {"cache_latents": True, "center_crop": True, "reference_refresh_steps": 2, "num_validation_images": 1}
     changes["cache_prompts"] = True
     folder = run(flags("concept", validation_prompts=["grinning face"], **changes))
@@ -483,6 +490,7 @@ def test_references_are_cached_anew_at_each_refresh(flags, tmp_path, opened):
     assert opened.count("encode") == 12 + 2 * 12  # targets, and references twice, both ways round
     assert opened.count("open") == 12 + 2 * 12
     # With other references, the caches of both steps are not taken over
+    without_result(cached)
     assert_same_run(run(flags("style", output_dir=cached, learning_rate=1e-3, cache_latents=True, **changes)),
                     run(flags("style", output_dir=tmp_path / "other", learning_rate=1e-3, **changes)))  # fmt: skip
 
@@ -616,6 +624,31 @@ def test_an_epoch_of_a_stream_goes_on_with_as_many_processes(tasks):
     state.position = 0
     train_pso_lora_sdxl.check_stream_position(stream, state, 1)
     assert state.num_processes == 1
+
+
+def test_a_signal_to_all_processes_ends_at_the_step_with_a_checkpoint(flags, tmp_path, monkeypatch, capfd):
+    """The workers that read the images leave it to the run."""
+    changes = {"max_train_steps": 5, "checkpointing_steps": 100, "dataloader_num_workers": 1}
+    whole = run(flags(output_dir=tmp_path / "whole", **changes))
+    backward, calls = Accelerator.backward, []
+
+    def interrupt(self, loss):
+        calls.append(1)
+        if len(calls) == 4:  # in the second epoch's first step
+            workers = multiprocessing.active_children()
+            assert len(workers) == 1
+            for pid in (workers[0].pid, os.getpid()):
+                os.kill(pid, signal.SIGTERM)
+        backward(self, loss)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Accelerator, "backward", interrupt)
+        run(flags(**changes))
+    assert stop.value.code == 143 and len(calls) == 4
+    assert "stopped by SIGTERM: " in capfd.readouterr().err.splitlines()[-1]
+    folder = run(flags(resume_from_checkpoint="latest", **changes))
+    assert (folder / "checkpoint-4").is_dir()
+    assert_same_run(folder, whole)
 
 
 @pytest.mark.slow

@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
@@ -373,6 +377,7 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_pipeline_dir, workspace, tmp_path
     newest = sorted(half.glob("checkpoint-*"))[-1]
     assert newest.name == "checkpoint-6"
     os.truncate(newest / "training_state.pt", 100)
+    (half / "finished.json").unlink()
     run(to_flags(values | {"output_dir": half, "resume_from_checkpoint": "latest"}))
     assert_same_run(half, undisturbed)
 
@@ -422,12 +427,97 @@ def test_8bit_adam_trains_and_resumes_bit_for_bit(flags, tmp_path, caplog):
     assert f"the LoRA and its model card are in {half}" in caplog.text
 
 
-def test_a_new_run_does_not_write_over_the_checkpoints_of_an_earlier_one(flags, capsys):
-    folder = run(flags(max_train_steps=2, checkpointing_steps=1))
-    with pytest.raises(SystemExit):
-        run(flags(max_train_steps=2, checkpointing_steps=1))
-    assert "--resume_from_checkpoint latest" in error_line(capsys.readouterr().err)
-    assert (folder / "checkpoint-2").is_dir()
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nothing_is_written_over_an_earlier_run(flags, capsys, caplog):
+    """A finished run, one without its checkpoints, one that is not finished; a resume with nothing left to do."""
+    changes = {"max_train_steps": 2, "checkpointing_steps": 2}
+    folder = run(flags(**changes))
+    before = files(folder)
+    assert (folder / "checkpoint-2").is_dir() and not (folder / "run.lock").exists()
+    run(flags(resume_from_checkpoint="latest", **changes))
+    lines = capsys.readouterr().err.splitlines()
+    assert "is finished, after 2 steps: pass a larger --max_train_steps" in lines[-1]
+    for left in ("finished", "checkpoint-2", "finished.json"):
+        with pytest.raises(SystemExit) as stop:
+            run(flags(**changes))
+        assert stop.value.code == 2
+        error = error_line(capsys.readouterr().err)
+        assert "pass another one, delete the" in error and "go on" in error and "_checkpoint latest" in error
+        assert files(folder) == before
+        if left == "finished":
+            shutil.rmtree(folder / "checkpoint-2")
+        else:
+            (folder / "finished.json").unlink(missing_ok=True)
+        before = files(folder)
+
+
+@pytest.mark.parametrize(
+    "number, exit_code, event",
+    [
+        (signal.SIGTERM, 143, ("Accelerator.backward", 8)),  # 2 steps an epoch, of 3 calls each: in epoch 1's first
+        (signal.SIGINT, 130, ("Family.decode_latents", 4)),  # 2 calls an epoch: after sampling
+    ],
+)
+def test_a_signal_within_an_epoch_writes_its_start(flags, tmp_path, monkeypatch, capfd, number, exit_code, event):
+    changes = {"max_train_steps": 6, "checkpointing_steps": 100, "lr_scheduler": "cosine"}
+    whole = run(flags(output_dir=tmp_path / "whole", **changes))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        signal_at(patch, event, number)
+        run(flags(**changes))
+    assert stop.value.code == exit_code
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"stopped by {number.name}: \S*checkpoint-2 is written, go on from it by .* latest", line)
+    folder = run(flags(resume_from_checkpoint="latest", **changes))
+    assert_same_run(folder, whole)
+
+
+def signal_at(patch, event: tuple[str, int], number: signal.Signals):
+    """Sends a signal to this process at a call of a function."""
+    (owner, name), count = event[0].split("."), event[1]
+    owner = {"Accelerator": Accelerator, "Family": Family}[owner]
+    plain, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count:
+            signal.raise_signal(number)
+        return plain(*args, **kwargs)
+
+    patch.setattr(owner, name, call)
+
+
+def test_a_signal_before_anything_is_learnt_ends_the_run_and_leaves_the_folder_free(flags, monkeypatch, capfd):
+    for event in (("Family.decode_latents", 1), ("Accelerator.backward", 4)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            signal_at(patch, event, signal.SIGHUP)
+            run(flags())
+        assert stop.value.code == 143
+        assert capfd.readouterr().err.splitlines()[-1].startswith("stopped by SIGHUP")
+    folder = run(flags())
+    assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("is_folder_gone", [False, True])
+def test_a_run_that_an_exception_ends_leaves_its_lora(flags, tmp_path, monkeypatch, caplog, is_folder_gone):
+    def fail(*args):
+        shutil.rmtree(tmp_path / "out")
+        if is_folder_gone:
+            (tmp_path / "out").write_text("a file: no folder can be made there")
+        raise RuntimeError("the reward's server is down")
+
+    with pytest.raises(RuntimeError, match="the reward's server is down"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        score, calls = train_pso_online.score_samples, []
+        fail_later = lambda *args: (calls.append(1), fail() if len(calls) > 2 else score(*args))[1]  # noqa: E731
+        monkeypatch.setattr(train_pso_online, "score_samples", fail_later)
+        run(flags(checkpointing_steps=100))
+    (line,) = [record.message for record in caplog.records if "LoRA of step 2 is in" in record.message]
+    folder = Path(line.split(" is in ")[1])
+    assert folder.parent == tmp_path and (folder == tmp_path / "out") != is_folder_gone
+    assert all(value.abs().sum() > 0 for value in weights(folder).values())
 
 
 def test_a_resumed_run_lists_what_differs_and_goes_on_for_longer(flags, tmp_path, caplog):
@@ -464,6 +554,7 @@ def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags,
     whole = run(flags(max_train_steps=2, checkpointing_steps=2))
     folder = shutil.copytree(whole, tmp_path / "damaged")
     (folder / "checkpoint-2" / "training_state.pt").unlink()
+    (folder / "finished.json").unlink()
     run(flags(output_dir=folder, max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest"))
     assert_same_run(folder, whole)
     assert "checkpoint-2 is not whole (training_state.pt is missing)" in caplog.text

@@ -1,5 +1,6 @@
 """In which order each process sees the records of a source: one minibatch of them for each optimizer step."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
@@ -137,6 +138,7 @@ class PairLoader:
             sampler=jobs,
             num_workers=self.num_workers,
             collate_fn=tuple,  # leaves a result as it is
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # it draws a seed for the workers; the global generator is the script's
         )
 
@@ -229,6 +231,12 @@ def contiguous_part(items: Sequence, num_parts: int, index: int) -> Sequence:
     size, larger = divmod(len(items), num_parts)
     start = index * size + min(index, larger)
     return items[start : start + size + (index < larger)]
+
+
+def _leave_signals_to_the_parent(worker: int):
+    """A batch system or a terminal signals all processes; the parent finishes its step, and then ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _PairReader:

