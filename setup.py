@@ -32,8 +32,9 @@ setup(
     extras_require={
         # 8-bit Adam and memory-efficient attention
         "gpu": ["bitsandbytes>=0.50", "xformers"],
-        # bitsandbytes runs on CPU too, and the tests train with it; scipy is what statistics are held against
-        "test": ["pytest>=9", "ruff>=0.15", "bitsandbytes>=0.50", "scipy>=1.15"],
+        # bitsandbytes runs on CPU too, and the tests train with it; scipy is what statistics are held against; xdist
+        # runs the tests on all cores
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "ruff>=0.15", "bitsandbytes>=0.50", "scipy>=1.15"],
         # draws the artwork for demo/recipe; running the demo needs no extra
         "demo": ["resvg_py>=0.5"],
     },

@@ -6,6 +6,7 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core is faster than two threads each
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
