@@ -21,22 +21,23 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.data.latent_cache import LatentCache, TensorCache
+from pso_utils.data.latent_cache import LatentCache
 from pso_utils.data.loader import PairLoader
-from pso_utils.data.minibatches import Pairs, TrainingPairs
+from pso_utils.data.minibatches import TrainingPairs
 from pso_utils.data.pairs import Stream, Table
-from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.errors import UserError
 from pso_utils.families import Family
+from pso_utils.families.denoising import NoisedPairs, pair_gains, predict_pairs
 from pso_utils.families.loading import ModelInfo
 from pso_utils.losses import (
     HINGE_METRICS,
     OFFLINE_METRICS,
+    PAIR_SETTINGS,
     denoising_error,
     hinge_pso_loss,
     offline_pso_loss,
 )
-from pso_utils.mdp import WEIGHTINGS, add_noise, diffusion_inputs, forward_weights, predict
+from pso_utils.mdp import WEIGHTINGS, diffusion_inputs, forward_weights
 from pso_utils.rewards import RewardSpec, parse_rewards
 from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, on_main_process, one_line_errors
@@ -55,35 +56,19 @@ logger = get_logger(__name__)
 # ---- Losses ----
 
 
-def predict_pairs(family: Family, schedule: Schedule, pairs: Pairs, step_index: Tensor) -> Tensor:
-    """Predicted clean latents [k, b, C, h, w] of the noised pairs, by one call of the model for all of them."""
-    rows = len(pairs.latents)
-    steps = schedule.at(step_index.repeat(rows))
-    sample = add_noise(steps, pairs.latents.flatten(0, 1), pairs.noise.repeat(rows, 1, 1, 1))
-    model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, pairs.conditioning)
-    return predict(steps, model_output, sample)[0].unflatten(0, (rows, -1))
-
-
-def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def sigmoid_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args) -> tuple[Tensor, dict]:
     """PSO: one call of the model without gradient and LoRA, one with both."""
-    step_index = (pairs.uniform * len(weights)).long()
-    weight = weights[step_index]
-    with torch.no_grad(), family.without_lora():
-        base_predicted = predict_pairs(family, schedule, pairs, step_index)
-    predicted = predict_pairs(family, schedule, pairs, step_index)
-    base_error = denoising_error(pairs.latents, base_predicted, weight)
-    gains = base_error - denoising_error(pairs.latents, predicted, weight)  # [k, b]
+    gains, drift = pair_gains(family, schedule, weights, pairs)
     settings = {"beta": args.beta, "target_anchor": args.target_anchor, "reference_weight": args.reference_weight}
     loss, metrics = offline_pso_loss(*gains[:2], **settings)
     if args.class_anchor:
         # under the mdp weighting, the KL divergence of the class prompt's transitions from the base's
-        class_drift = denoising_error(base_predicted, predicted, weight)[2]
-        loss = loss + args.class_anchor * class_drift
-        metrics["class_drift"] = class_drift.detach()
+        loss = loss + args.class_anchor * drift[2]
+        metrics["class_drift"] = drift[2].detach()
     return loss, metrics
 
 
-def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args) -> tuple[Tensor, dict]:
     """The release's hinge, without the base: one call of the model."""
     step_index = (pairs.uniform * len(weights)).long()
     predicted = predict_pairs(family, schedule, pairs, step_index)
@@ -92,7 +77,9 @@ def hinge_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs
     return hinge_pso_loss(*errors, beta=args.beta, **settings)
 
 
-def diffusion_loss(family: Family, schedule: Schedule, weights: Tensor, pairs: Pairs, args) -> tuple[Tensor, dict]:
+def diffusion_loss(
+    family: Family, schedule: Schedule, weights: Tensor, pairs: NoisedPairs, args
+) -> tuple[Tensor, dict]:
     """PSO's rival: the plain diffusion or flow-matching loss on the targets, over all training timesteps."""
     uniform = pairs.uniform
     if args.timestep_sampling == "logit_normal":
@@ -119,7 +106,7 @@ class Loss(NamedTuple):
     method: what the model card calls it.
     """
 
-    function: Callable[[Family, Schedule, Tensor, Pairs, object], tuple[Tensor, dict[str, Tensor]]]
+    function: Callable[[Family, Schedule, Tensor, NoisedPairs, object], tuple[Tensor, dict[str, Tensor]]]
     flags: Sequence[str]
     metrics: Sequence[str]
     defaults: dict[str, dict[str, float]] | None
@@ -156,14 +143,9 @@ LOSSES = {
 LOSS_FLAGS = list(dict.fromkeys(flag for loss in LOSSES.values() for flag in loss.flags))
 
 # What the flags of PSO's loss are unless given, by task and weighting: a task's own weighting comes first, the others
-# are for who asks for them. demo/README.md has what was tried. A beta is right where beta times the difference of gains
-# that a fully learnt pair shows is some 3 to 15: with more, the loss saturates before the samples change.
+# are for who asks for them.
 TASK_DEFAULTS = {
-    "preference": {
-        "mdp": {"beta": 30.0, "target_anchor": 60.0, "reference_weight": 1.0},
-        "x0": {"beta": 10.0, "target_anchor": 10.0, "reference_weight": 1.0},
-        "epsilon": {"beta": 200.0, "target_anchor": 200.0, "reference_weight": 1.0},
-    },
+    "preference": {weighting: {**settings, "reference_weight": 1.0} for weighting, settings in PAIR_SETTINGS.items()},
     "style": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.05}},
     "concept": {"x0": {"beta": 2.0, "target_anchor": 2.0, "reference_weight": 0.2}},
 }
@@ -381,8 +363,7 @@ def run(args):
     # The models
     family = models.load_family(args, accelerator, info)
     parameters = models.add_trained_lora(args, accelerator, family)
-    store = TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_latents else None
-    embed = PromptCache(family, store=store)
+    embed = models.make_prompt_cache(args, family)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
     schedule = models.training_schedule(args, info, stochastic=False, device=accelerator.device)
     deployment = models.deployment(args, info)
@@ -438,15 +419,14 @@ def run(args):
     prompts = args.validation_prompts or default_validation_prompts(args, source)
     cache = None
     if args.cache_latents:
+        cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
+        cache.fill()
+        family.keep_vae_offloaded()
+        logger.info("--cache_latents: the VAE is on the CPU except where it is used")
+    if args.cache_prompts:
         # those of the references, too: a refresh embeds them again
         more_prompts = [*prompts, *([] if references is None else references.images.captions)]
-        cache = LatentCache(Path(args.output_dir, "cache", "latents"), accelerator, family, loader)
-        all_prompts = [*more_prompts, *source.captions()]
-        embed(all_prompts[accelerator.process_index :: accelerator.num_processes])
-        cache.fill()
-        family.free_text_encoders()
-        family.keep_vae_offloaded()
-        logger.info("--cache_latents: the text encoders are gone, and the VAE is on the CPU except where it is used")
+        embed.encode_all([*more_prompts, *source.captions()], accelerator)
     training_pairs = TrainingPairs(
         family=family,
         loader=loader,

@@ -8,7 +8,7 @@ LoRA that the pipeline's `load_lora_weights` loads.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +18,15 @@ from accelerate.logging import get_logger
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.data.prompts import epoch_prompts, load_prompts
 from pso_utils.errors import UserError
-from pso_utils.families import Conditioning, Family
+from pso_utils.families import Conditioning, Deployment, Family
+from pso_utils.families.denoising import NoisedPairs, pair_gains
 from pso_utils.families.loading import ModelInfo
-from pso_utils.keyed_rng import keyed_noise, keyed_permutation
-from pso_utils.losses import ONLINE_METRICS, online_pso_loss
-from pso_utils.mdp import log_prob, sample_trajectory
-from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, select_pairs
+from pso_utils.keyed_rng import keyed_noise, keyed_permutation, keyed_seed, keyed_uniform
+from pso_utils.losses import OFFLINE_METRICS, ONLINE_METRICS, PAIR_SETTINGS, offline_pso_loss, online_pso_loss
+from pso_utils.mdp import WEIGHTINGS, forward_weights, log_prob, sample_trajectory
+from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, select_pairs, within_group_deviation
 from pso_utils.run import arguments, hub, models
 from pso_utils.run.accelerator import make_accelerator, one_line_errors
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
@@ -40,6 +40,61 @@ from pso_utils.schedules import Schedule
 logger = get_logger(__name__)
 
 
+# ---- Objectives ----
+
+
+class Objective(NamedTuple):
+    """flags: which of the objectives' flags it reads; the others are refused. defaults: what they are unless given, by
+    weighting; the first one is the default weighting, "" is none. metrics: the names of its loss's."""
+
+    flags: Sequence[str]
+    defaults: dict[str, dict[str, float]]
+    metrics: Sequence[str]
+
+
+OBJECTIVES = {
+    "transition": Objective(
+        ["beta", "clip_range", "train_timesteps"], {"": {"beta": 50.0, "clip_range": 0.1}}, ONLINE_METRICS
+    ),
+    "denoising": Objective(
+        ["weighting", "beta", "target_anchor"],
+        {weighting: PAIR_SETTINGS[weighting] for weighting in ("x0", "mdp", "epsilon")},
+        (*OFFLINE_METRICS, "base_distance"),
+    ),
+}
+
+
+def defaults_text(flag: str) -> str:
+    """A flag's default under each objective and weighting, for the help."""
+    named = [
+        (" ".join(filter(None, (name, weighting))), values)
+        for name, objective in OBJECTIVES.items()
+        for weighting, values in objective.defaults.items()
+    ]
+    return "; ".join(f"{values[flag]:g} for {name}" for name, values in named if flag in values)
+
+
+def set_objective_defaults(args) -> None:
+    """Fills in the flags of the objective that were not given.
+
+    Raises:
+        UserError: a flag of another objective, or a weighting that has no defaults here.
+    """
+    own = OBJECTIVES[args.objective]
+    for name, objective in OBJECTIVES.items():
+        for flag in objective.flags:
+            if getattr(args, flag) is not None and flag not in own.flags:
+                raise UserError(f"--{flag} goes with --objective {name}, not {args.objective}: drop it")
+    if "weighting" in own.flags and args.weighting is None:
+        args.weighting = next(iter(own.defaults))
+    defaults = own.defaults.get(args.weighting or "", {})
+    for flag in ("beta", "clip_range", "target_anchor"):
+        if flag in own.flags and getattr(args, flag) is None:
+            if flag not in defaults:
+                raise UserError(f"--weighting {args.weighting} has no default --{flag}: pass one")
+            setattr(args, flag, defaults[flag])
+
+
 # ---- Flags ----
 
 
@@ -51,23 +106,31 @@ def parse_args(argv=None):
     group = parser.add_argument_group("online PSO")
     arguments.add_online_reward_arguments(group)
     add, positive_int, positive_float = group.add_argument, arguments.positive_int, arguments.positive_float
+    add("--objective", choices=OBJECTIVES, default="transition", help="transition: the paper's, the likelihood of the "
+        "sampled transitions. denoising: samples are drawn as deployed, by any sampler and at one step too, and are "
+        "trained on as pairs of images at the schedule's noise levels.")  # fmt: skip
     add("--samples_per_prompt", type=arguments.bounded(int, 2), default=2, help="K: images to pick a pair from.")
     add("--sample_batch_size", type=positive_int, default=2, help="Prompts sampled at once on each process, K "
         "images of each.")  # fmt: skip
     add("--sample_batches_per_epoch", type=positive_int, default=8, help="Batches of prompts in an epoch, on each "
         "process.")  # fmt: skip
     add("--num_inner_epochs", type=positive_int, default=1, help="Passes over the pairs of an epoch.")
-    add("--train_timesteps", type=positive_int, help="How many of the N - 1 stochastic steps each pair is trained on, "
-        "drawn at random for each pair. Default: all.")  # fmt: skip
+    add("--train_timesteps", type=positive_int, help="transition: how many of the N - 1 stochastic steps each pair is "
+        "trained on, drawn at random for each pair. Default: all.")  # fmt: skip
     add("--train_batch_size", type=positive_int, default=2, help="Pairs in a call of the model, on each process.")
     add("--gradient_accumulation_steps", type=positive_int, default=1, help="Batches of pairs in an optimizer step.")
     add("--num_train_epochs", type=positive_int, default=100, help="Outer epochs, unless --max_train_steps is given.")
     add("--max_train_steps", type=positive_int, help="Optimizer steps to stop after. One optimizer step is "
         "gradient_accumulation_steps x train_batch_size pairs on each process x train_timesteps.")  # fmt: skip
-    add("--beta", type=positive_float, default=50.0, help="Strength of the preference: the loss is "
-        "-log sigmoid(beta (log-ratio of target - log-ratio of reference)).")  # fmt: skip
-    add("--clip_range", type=arguments.bounded(float, 0, low_included=False, high=0.999), default=0.1, help="The "
-        "likelihood ratios are clamped to 1 - clip_range .. 1 + clip_range.")  # fmt: skip
+    add("--beta", type=positive_float, help="Strength of the preference: the loss is -log sigmoid(beta (value of "
+        "target - value of reference)), the value being a log-ratio of likelihoods (transition) or the fall of a "
+        f"denoising error (denoising). Default: {defaults_text('beta')}.")  # fmt: skip
+    add("--clip_range", type=arguments.bounded(float, 0, low_included=False, high=0.999), help="transition: the "
+        "likelihood ratios are clamped to 1 - clip_range .. 1 + clip_range. Default: 0.1.")  # fmt: skip
+    add("--weighting", choices=WEIGHTINGS, help="denoising: of the squared error of the clean latents, as offline. mdp "
+        "leaves out the last step. Default: x0.")  # fmt: skip
+    add("--target_anchor", type=arguments.non_negative_float, help="denoising: weight of relu(growth of the target's "
+        f"error), which keeps samples on the data. Default: {defaults_text('target_anchor')}.")  # fmt: skip
     add("--max_tie_epochs", type=positive_int, default=3, help="Stop after so many epochs of nothing but ties.")
     arguments.add_lora_arguments(parser)
     arguments.add_optimizer_arguments(parser)
@@ -101,7 +164,12 @@ def check_arguments(args) -> Plan:
     reward_specs = parse_rewards(args.reward, args.reward_model)
     info = models.check_model(args)
     lora_targets = models.check_lora(args, info)
-    stochastic_steps = models.training_schedule(args, info, stochastic=True).num_steps - 1
+    set_objective_defaults(args)
+    is_transition = args.objective == "transition"
+    schedule = models.training_schedule(args, info, stochastic=is_transition)
+    if not is_transition:
+        forward_weights(schedule, args.weighting)
+    stochastic_steps = schedule.num_steps - 1
     models.deployment(args, info)
     if args.train_timesteps is not None and args.train_timesteps > stochastic_steps:
         raise UserError(
@@ -115,16 +183,44 @@ def check_arguments(args) -> Plan:
 
 
 class Pairs(NamedTuple):
-    """P pairs, all of this process; `latents[:, 0]` is the target's trajectory, `latents[:, 1]` the reference's."""
+    """P pairs, all of this process; `latents[:, 0]` are the target's, `latents[:, 1]` the reference's: the latents of
+    its trajectory, or the last ones alone."""
 
-    latents: Tensor  # [P, 2, N + 1, C, h, w], float32
+    latents: Tensor  # [P, 2, N + 1 or 1, C, h, w], float32
     conditioning: Conditioning  # of P prompts
-    step_index: Tensor  # [P, T], the steps that each pair is trained on
+
+
+def sample(
+    family: Family,
+    conditioning: Conditioning,
+    keys: list[tuple[int, ...]],
+    *,
+    schedule: Schedule | None,
+    deployment: Deployment,
+    progress: Callable[[], object],
+) -> Tensor:
+    """Latents [B, N + 1, C, h, w] of trajectories over the `schedule`, or without one the last latents [B, 1, C, h, w]
+    of what the pipeline draws at `deployment`, of B prompts, each with the noise of its key."""
+    if schedule is None:
+        seeds = [keyed_seed(key) for key in keys]
+        latents = family.draw_latents(conditioning, seeds, deployment=deployment, batch_size=len(seeds))
+        progress()
+        return latents.unsqueeze(1)
+    shape = family.latent_shape(deployment.height, deployment.width)
+    noise = keyed_noise(keys, (schedule.num_steps + 1, *shape))
+    return sample_trajectory(schedule, partial(family.predict, conditioning=conditioning), noise, progress)
 
 
 def draw_step_index(keys: list[tuple[int, ...]], *, num_steps: int, num_trained: int) -> Tensor:
     """`num_trained` different stochastic steps [P, T] for each key, ascending; the last step, N - 1, has no noise."""
     return keyed_noise(keys, (num_steps - 1,)).argsort(dim=1)[:, :num_trained].sort(dim=1).values
+
+
+def draw_noise_levels(keys: list[tuple[int, ...]], inner_epoch: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Noise [P, *shape], and uniform draws [P] of a noise level, for each key in this inner epoch."""
+    # the samples of a prompt have the keys (*key, 0) on
+    keys = [(*key, -1 - inner_epoch) for key in keys]
+    return keyed_noise(keys, shape), keyed_uniform([(*key, 0) for key in keys])
 
 
 def score_samples(family: Family, rewards: Rewards, latents: Tensor, prompts: list[str]) -> Tensor:
@@ -152,6 +248,7 @@ class Minibatch(NamedTuple):
 
     index: Tensor  # [b], which of this process's pairs; b may be 0
     count: int  # pairs on all processes
+    inner_epoch: int
 
 
 def draw_minibatches(
@@ -162,7 +259,7 @@ def draw_minibatches(
     order = keyed_permutation((seed, epoch, -1 - inner_epoch), num_pairs[rank])
     for start in range(0, max(num_pairs), per_rank):
         count = sum(min(max(total - start, 0), per_rank) for total in num_pairs)
-        yield Minibatch(order[start : start + per_rank], count)
+        yield Minibatch(order[start : start + per_rank], count, inner_epoch)
 
 
 def microbatches(minibatch: Minibatch, batch_size: int) -> list[Tensor]:
@@ -170,19 +267,26 @@ def microbatches(minibatch: Minibatch, batch_size: int) -> list[Tensor]:
     return [index for index in minibatch.index.split(batch_size) if len(index)]
 
 
-def pair_log_probs(family: Family, schedule: Schedule, pairs: Pairs, index: Tensor, column: int) -> Tensor:
-    """Log-probabilities [2, b] of the targets and references of the pairs `index` [b], each at step_index[:, column].
+def pair_log_probs(family: Family, schedule: Schedule, pairs: Pairs, index: Tensor, step_index: Tensor) -> Tensor:
+    """Log-probabilities [2, b] of the transitions of the pairs `index` [b], targets and references, at the steps
+    `step_index` [b].
 
     One call of the model: the b targets and the b references are one batch of 2b.
     """
     latents = pairs.latents[index].transpose(0, 1).flatten(0, 1)  # [2b, N + 1, C, h, w]
-    step_index = pairs.step_index[index, column].repeat(2)
+    step_index = step_index.repeat(2)
     at = step_index[:, None, None, None, None]
     sample, next_sample = (torch.take_along_dim(latents, at + n, dim=1).squeeze(1) for n in (0, 1))
     steps = schedule.at(step_index)
     conditioning = pairs.conditioning.rows(index.repeat(2))
     model_output = family.predict(steps.columns.input_scale * sample, steps.timesteps, conditioning)
     return log_prob(steps, model_output, sample, next_sample).view(2, -1)
+
+
+def noised_pairs(pairs: Pairs, index: Tensor, noise: Tensor, uniform: Tensor) -> NoisedPairs:
+    """The images of the pairs `index` [b] with these draws of all pairs, noise [P, C, h, w] and uniform [P]."""
+    latents = pairs.latents[index, :, -1].transpose(0, 1)
+    return NoisedPairs(latents, noise[index], uniform[index], pairs.conditioning.rows(index.repeat(2)))
 
 
 # ---- The run ----
@@ -197,13 +301,17 @@ def run(args):
     # The models
     family = models.load_family(args, accelerator, info)
     parameters = models.add_trained_lora(args, accelerator, family)
-    embed = PromptCache(family)
+    embed = models.make_prompt_cache(args, family)
     rewards = models.load_run_rewards(args, accelerator, reward_specs)
-    schedule = models.training_schedule(args, info, stochastic=True, device=accelerator.device)
+    objective, is_transition = OBJECTIVES[args.objective], args.objective == "transition"
+    schedule = models.training_schedule(args, info, stochastic=is_transition, device=accelerator.device)
     deployment = models.deployment(args, info)
-    num_trained = args.train_timesteps or schedule.num_steps - 1
+    if is_transition:
+        num_trained = args.train_timesteps or schedule.num_steps - 1
+    else:
+        num_trained, weights = 1, forward_weights(schedule, args.weighting)
     size = (args.resolution, args.resolution)
-    noise_shape = (schedule.num_steps + 1, *family.latent_shape(*size))
+    latent_shape = family.latent_shape(*size)
 
     # Sizes: prompts of an epoch on one process and on all, pairs of an optimizer step on one process
     prompts_per_rank = args.sample_batch_size * args.sample_batches_per_epoch
@@ -232,12 +340,15 @@ def run(args):
         rewards=rewards,
         log=log,
     )
+    if args.cache_prompts:
+        embed.encode_all([*prompts, *validate.prompts], accelerator)
     if validate.is_due(state):
         validate(state)
 
     logger.info(
         f"{len(prompts)} prompts; epochs of {epoch_size} prompts x {args.samples_per_prompt} samples and at most"
-        f" {epoch_steps} optimizer steps; steps at timesteps {schedule.timesteps.tolist()}, {num_trained} trained"
+        f" {epoch_steps} optimizer steps; {args.objective} at timesteps {schedule.timesteps.tolist()}, {num_trained} of"
+        " them for each pair and pass; " + ", ".join(f"{flag} {getattr(args, flag)}" for flag in objective.flags)
     )
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
@@ -251,16 +362,24 @@ def run(args):
         batches = [slice(n, n + args.sample_batch_size) for n in range(0, prompts_per_rank, args.sample_batch_size)]
 
         # Sample
-        sampling = bar(total=len(batches) * schedule.num_steps, desc="sampling", leave=False)
-        # [P, K, N + 1, C, h, w], of the P prompts of this process
-        trajectories = torch.empty(prompts_per_rank, args.samples_per_prompt, *noise_shape, device=accelerator.device)
+        sampling = bar(total=len(batches) * (schedule.num_steps if is_transition else 1), desc="sampling", leave=False)
+        trajectories = []
         for batch in batches:
-            samples = [(prompt, k) for prompt in prompt_indices[batch] for k in range(args.samples_per_prompt)]
-            noise = keyed_noise([(args.seed, state.epoch, *sample) for sample in samples], noise_shape)
-            repeated = conditioning.rows(batch).repeat_interleave(args.samples_per_prompt)
-            denoise = partial(family.predict, conditioning=repeated)
-            latents = sample_trajectory(schedule, denoise, noise, sampling.update)
-            trajectories[batch] = latents.unflatten(0, (-1, args.samples_per_prompt))
+            keys = [
+                (args.seed, state.epoch, prompt, k)
+                for prompt in prompt_indices[batch]
+                for k in range(args.samples_per_prompt)
+            ]
+            latents = sample(
+                family,
+                conditioning.rows(batch).repeat_interleave(args.samples_per_prompt),
+                keys,
+                schedule=schedule if is_transition else None,
+                deployment=deployment,
+                progress=sampling.update,
+            )
+            trajectories.append(latents.unflatten(0, (-1, args.samples_per_prompt)))
+        trajectories = torch.cat(trajectories)  # [P, K, N + 1 or 1, C, h, w], of the P prompts of this process
         sampling.close()
 
         # Score the images that the trajectories end in
@@ -271,24 +390,20 @@ def run(args):
         scores = torch.cat(scores, dim=1)  # [R, P, K]
 
         # Pair two samples of each prompt, unless they tie; the others are not needed any more
-        selection = select_pairs(scores, rewards.weights, args.reward_combination)
+        all_scores = accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))  # [P, R, K], of all
+        deviation = within_group_deviation(all_scores.transpose(0, 1)).cpu()
+        selection = select_pairs(scores, rewards.weights / deviation, args.reward_combination)
         paired = (~selection.tie).nonzero().flatten().to(accelerator.device)  # which of the prompts have a pair
         sample_index = torch.stack([selection.target, selection.reference], dim=1).to(accelerator.device)
         latents = trajectories[paired[:, None], sample_index[paired]]
         del trajectories
-        step_index = draw_step_index(
-            [(args.seed, state.epoch, prompt_index) for prompt_index in prompt_indices],
-            num_steps=schedule.num_steps,
-            num_trained=num_trained,
-        ).to(accelerator.device)
-        pairs = Pairs(latents, conditioning.rows(paired), step_index[paired])
+        pairs = Pairs(latents, conditioning.rows(paired))
         num_pairs = accelerator.gather(torch.tensor([len(paired)], device=accelerator.device)).tolist()  # by rank
-        scores = accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))  # [P, R, K], of all
         epoch_metrics = {
             "epoch": state.epoch,
             "ties": epoch_size - sum(num_pairs),
             "tie_epochs": state.tie_epochs,
-            **score_metrics(rewards.names, rewards.weights, scores),
+            **score_metrics(rewards.names, rewards.weights, all_scores),
             "images_per_second": epoch_size * args.samples_per_prompt / (time.perf_counter() - start_time),
         }
         state.tie_epochs = 0 if sum(num_pairs) else state.tie_epochs + 1
@@ -302,33 +417,48 @@ def run(args):
 
         # Update
         minibatches = [
-            Minibatch(index.to(accelerator.device), count)
+            minibatch._replace(index=minibatch.index.to(accelerator.device))
             for inner_epoch in range(args.num_inner_epochs)
-            for index, count in draw_minibatches(
+            for minibatch in draw_minibatches(
                 args.seed, state.epoch, inner_epoch, num_pairs, rank=accelerator.process_index, per_rank=pairs_per_rank
             )
         ]
         is_cut_short = len(minibatches) > max_train_steps - state.global_step
         minibatches = minibatches[: max_train_steps - state.global_step]
 
-        # The base's log-probabilities do not change while the LoRA is trained, so one pass serves all inner epochs. Its
-        # batches are those of the first one: the same rounding on both sides keeps a new LoRA's ratios at exactly 1.
-        base_log_prob = torch.zeros(2, *pairs.step_index.shape, device=accelerator.device)
-        with torch.no_grad(), family.without_lora():
-            for minibatch in minibatches[: math.ceil(max(num_pairs) / pairs_per_rank)]:
-                for index in microbatches(minibatch, args.train_batch_size):
-                    for column in range(num_trained):
-                        base_log_prob[:, index, column] = pair_log_probs(family, schedule, pairs, index, column)
+        keys = [(args.seed, state.epoch, prompt_indices[row]) for row in paired.tolist()]
+        if is_transition:
+            step_index = draw_step_index(keys, num_steps=schedule.num_steps, num_trained=num_trained)
+            step_index = step_index.to(accelerator.device)  # [P, T]
+            # The base's log-probabilities do not change while the LoRA is trained, so one pass serves all inner epochs.
+            # Its batches are those of the first one: the same rounding on both sides keeps a new LoRA's ratios at
+            # exactly 1.
+            base_log_prob = torch.zeros(2, *step_index.shape, device=accelerator.device)
+            with torch.no_grad(), family.without_lora():
+                for minibatch in minibatches[: math.ceil(max(num_pairs) / pairs_per_rank)]:
+                    for index in microbatches(minibatch, args.train_batch_size):
+                        for column in range(num_trained):
+                            at = step_index[index, column]
+                            base_log_prob[:, index, column] = pair_log_probs(family, schedule, pairs, index, at)
+        else:
+            draws = [draw_noise_levels(keys, n, latent_shape) for n in range(args.num_inner_epochs)]
+            draws = [(noise.to(accelerator.device), uniform.to(accelerator.device)) for noise, uniform in draws]
 
         for minibatch in minibatches:
             optimizer.zero_grad(set_to_none=False)
-            sums = dict.fromkeys(ONLINE_METRICS, torch.zeros((), device=accelerator.device))
+            sums = dict.fromkeys(objective.metrics, torch.zeros((), device=accelerator.device))
             count = minibatch.count * num_trained
             for index in microbatches(minibatch, args.train_batch_size):
                 for column in range(num_trained):
-                    policy_log_prob = pair_log_probs(family, schedule, pairs, index, column)
-                    log_ratio = policy_log_prob - base_log_prob[:, index, column]
-                    loss, metrics = online_pso_loss(*log_ratio, beta=args.beta, clip_range=args.clip_range)
+                    if is_transition:
+                        policy_log_prob = pair_log_probs(family, schedule, pairs, index, step_index[index, column])
+                        log_ratio = policy_log_prob - base_log_prob[:, index, column]
+                        loss, metrics = online_pso_loss(*log_ratio, beta=args.beta, clip_range=args.clip_range)
+                    else:
+                        noised = noised_pairs(pairs, index, *draws[minibatch.inner_epoch])
+                        gains, drift = pair_gains(family, schedule, weights, noised)
+                        loss, metrics = offline_pso_loss(*gains, beta=args.beta, target_anchor=args.target_anchor)
+                        metrics["base_distance"] = drift.detach().mean(dim=0)
                     accelerator.backward(loss.sum() / count)
                     sums = {name: total + metrics[name].sum() for name, total in sums.items()}
             sums = reduce_gradients(accelerator, parameters, sums)
@@ -354,9 +484,10 @@ def run(args):
 
     save_lora(args, accelerator, family)
     validate(state)
-    names = ["reward_combination", "beta", "clip_range", "samples_per_prompt", "learning_rate", "rank", "seed"]
+    names = ["reward_combination", *objective.flags, "samples_per_prompt", "learning_rate", "rank", "seed"]
     settings = {
         "method": "online PSO",
+        "objective": args.objective,
         "reward": ", ".join(args.reward),
         "optimizer steps": state.global_step,
         "trained timesteps": schedule.timesteps.tolist(),

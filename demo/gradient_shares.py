@@ -15,12 +15,13 @@ from demo.recipe.common import ARTISTS, STYLES, load_drawings
 from demo.tasks import WINNER, concept_views
 from pso_utils.evaluate.loras import Model, applied, find_lora
 from pso_utils.families import Family
+from pso_utils.families.denoising import NoisedPairs
 from pso_utils.families.lora import lora_layers
 from pso_utils.keyed_rng import keyed_noise, keyed_permutation
 from pso_utils.mdp import WEIGHTINGS, forward_weights
 from pso_utils.run.accelerator import one_line_errors
 from pso_utils.schedules import make_schedule
-from train_pso_lora_sdxl import TASK_DEFAULTS, Pairs, sigmoid_loss
+from train_pso_lora_sdxl import TASK_DEFAULTS, sigmoid_loss
 
 
 def task_images(task: str, family: Family, num_pairs: int, *, seed: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -40,7 +41,7 @@ def task_images(task: str, family: Family, num_pairs: int, *, seed: int) -> tupl
     return targets, stack_pixels(draw_prompts(family, prompts, steps=4, seed=seed)), captions
 
 
-def gradient_shares(family: Family, pairs: Pairs, task: str, weighting: str) -> dict[int, float]:
+def gradient_shares(family: Family, pairs: NoisedPairs, task: str, weighting: str) -> dict[int, float]:
     """Timestep -> its share, for PSO's loss with the task's defaults and without class anchor."""
     schedule = make_schedule(family.pipeline.scheduler, 4, stochastic=False)
     weights, defaults, norms = forward_weights(schedule, weighting), TASK_DEFAULTS[task], []
@@ -61,7 +62,7 @@ def run(args):
     latents = family.encode_images(torch.cat([targets, references])).unflatten(0, (2, -1))
     noise = keyed_noise([(args.seed, index) for index in range(len(captions))], latents.shape[2:])
     conditioning = family.collate(family.encode_prompts(captions * 2), 32, 32)
-    pairs = Pairs(latents, noise, torch.zeros(len(noise)), conditioning)
+    pairs = NoisedPairs(latents, noise, torch.zeros(len(noise)), conditioning)
     with applied(family.pipeline, model):
         if model.lora is None:
             family.add_lora(rank=16, seed=0)

@@ -11,15 +11,18 @@ from torch import Tensor
 Key = tuple[int, ...]
 
 
+def keyed_seed(key: Key) -> int:
+    """The key's seed of a generator: 64 bits of its SHA-256."""
+    digest = hashlib.sha256(",".join(str(int(part)) for part in key).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
 def keyed_noise(keys: Sequence[Key], shape: Sequence[int], device: str | torch.device = "cpu") -> Tensor:
     """Standard normal noise [len(keys), *shape], float32. Drawn on the CPU from one generator per key, seeded by the
     key's SHA-256 (of which torch's CPU generator uses 32 bits)."""
     noise = torch.empty(len(keys), *shape)
     for row, key in zip(noise, keys):
-        digest = hashlib.sha256(",".join(str(int(part)) for part in key).encode()).digest()
-        torch.randn(
-            tuple(shape), generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little")), out=row
-        )
+        torch.randn(tuple(shape), generator=torch.Generator().manual_seed(keyed_seed(key)), out=row)
     return noise.to(device)
 
 

@@ -28,6 +28,14 @@ ONLINE_METRICS = (
     "reference_clipped_high",
 )
 OFFLINE_METRICS = ("loss", "target_gain", "reference_gain", "pair_accuracy", "saturated", "anchored")
+# What beta and target_anchor are unless given, by weighting, for pairs of two images of one prompt (demo/README.md has
+# what was tried). A beta is right where beta times the difference of gains that a fully learnt pair shows is some 3 to
+# 15: with more, the loss saturates before the samples change.
+PAIR_SETTINGS = {
+    "mdp": {"beta": 30.0, "target_anchor": 60.0},
+    "x0": {"beta": 10.0, "target_anchor": 10.0},
+    "epsilon": {"beta": 200.0, "target_anchor": 200.0},
+}
 HINGE_METRICS = ("loss", "target_error", "reference_error", "pair_accuracy", "active")
 
 

@@ -44,6 +44,7 @@ from pso_utils.data import minibatches
 from pso_utils.data.pairs import load_preference_pairs
 from pso_utils.errors import UserError
 from pso_utils.families import Family
+from pso_utils.families.denoising import predict_pairs
 from pso_utils.families.sdxl import SDXL
 from pso_utils.losses import denoising_error
 from pso_utils.rewards import Rewards
@@ -355,8 +356,8 @@ def ipo(family, schedule, weights, pairs, args):
     """IPO (arXiv 2310.12036) on the errors of the clean latents, against the base."""
     step_index = (pairs.uniform * len(weights)).long()
     with torch.no_grad(), family.without_lora():
-        base = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
-    predicted = train_pso_lora_sdxl.predict_pairs(family, schedule, pairs, step_index)
+        base = predict_pairs(family, schedule, pairs, step_index)
+    predicted = predict_pairs(family, schedule, pairs, step_index)
     errors = [denoising_error(pairs.latents, x0, weights[step_index]) for x0 in (base, predicted)]
     target_gain, reference_gain = errors[0] - errors[1]
     margin = target_gain - reference_gain
@@ -453,6 +454,7 @@ def test_a_cache_encodes_each_image_once_and_trains_bit_for_bit_as_without_it(fl
     changes = {"center_crop": True, "random_flip": True, "max_train_steps": 6, "checkpointing_steps": 9}  # two epochs
     plain = run(flags("style", output_dir=tmp_path / "plain", **changes))
     opened.clear()
+    changes["cache_prompts"] = True
     cached = run(flags("style", output_dir=tmp_path / "cached", cache_latents=True, **changes))
     assert_same_run(plain, cached)
     assert opened.count("encode") == 24  # six targets and six references, both ways round
@@ -466,6 +468,7 @@ def test_a_cached_run_refreshes_references_that_another_one_began(flags):
     """The class prompt is embedded before the text encoders go, though at first no reference is drawn."""
     run(flags("concept", max_train_steps=1))  # which ends before a checkpoint
     changes = {"cache_latents": True, "center_crop": True, "reference_refresh_steps": 2, "num_validation_images": 1}
+    changes["cache_prompts"] = True
     folder = run(flags("concept", validation_prompts=["grinning face"], **changes))
     assert len(list((folder / "references" / "step-000002").glob("*.png"))) == 3
 
@@ -487,7 +490,7 @@ def test_references_are_cached_anew_at_each_refresh(flags, tmp_path, opened):
 def test_a_base_that_is_saved_anew_has_its_own_references_and_caches(flags, tmp_path):
     """Under the same name, with files of the same sizes."""
     changes = {"pretrained_model_name_or_path": tmp_path / "base", "cache_latents": True, "center_crop": True}
-    changes |= {"max_train_steps": 1}
+    changes |= {"max_train_steps": 1, "cache_prompts": True}
     build_pipeline(seed=0).save_pretrained(tmp_path / "base")
     first = run(flags("style", output_dir=tmp_path / "first", **changes))
     for folder in ("references", "cache"):

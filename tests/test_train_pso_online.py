@@ -21,6 +21,7 @@ from script_runs import (
     around_microbatches,
     assert_nearly_same_run,
     assert_same_run,
+    assert_same_weights,
     between_backward_calls,
     cuda_synchronizations_are_errors,
     error_line,
@@ -821,3 +822,128 @@ def test_a_distilled_unet_file_replaces_the_pipelines_unet(flags, tiny_pipeline_
         flags(output_dir=tmp_path / "other", max_train_steps=1, distilled_unet=tmp_path / "unet.safetensors")
     )
     assert metrics(plain)[0]["reward_mean"] != metrics(distilled)[0]["reward_mean"]
+
+
+# ---- Prompts on disk ----
+
+
+def test_prompts_are_encoded_once_and_the_text_encoders_go(flags, tmp_path, monkeypatch):
+    plain = run(flags(output_dir=tmp_path / "plain"))
+    freed, free = [], Family.free_text_encoders
+    monkeypatch.setattr(Family, "free_text_encoders", lambda self: (free(self), freed.append(self.text_encoders)))
+    cached = run(flags(output_dir=tmp_path / "cached", cache_prompts=True))
+    assert_same_run(plain, cached)
+    assert freed == [[]]
+    assert len(list((cached / "cache" / "prompts").rglob("*.safetensors"))) == len(PROMPTS)
+
+
+# ---- The objective by denoising errors ----
+
+
+DENOISING = {"objective": "denoising", "num_inner_epochs": 2}
+
+
+def test_denoising_is_the_offline_loss_of_the_sampled_images(flags, monkeypatch):
+    """The first loss and gradient, computed anew from diffusers' own scheduler and the bare UNet."""
+    recorded, gains, step = {}, train_pso_online.pair_gains, train_pso_online.optimizer_step
+
+    def record(family, schedule, weights, pairs):
+        recorded.setdefault("call", (family, schedule, weights, pairs))
+        return gains(family, schedule, weights, pairs)
+
+    def record_step(accelerator, optimizer, lr_scheduler, parameters, **settings):
+        recorded["gradients"] = [parameter.grad.clone() for parameter in parameters]
+        recorded["before"] = [parameter.detach().clone() for parameter in parameters]
+        return step(accelerator, optimizer, lr_scheduler, parameters, **settings)
+
+    monkeypatch.setattr(train_pso_online, "pair_gains", record)
+    monkeypatch.setattr(train_pso_online, "optimizer_step", record_step)
+    folder = run(flags(**DENOISING, train_batch_size=4, max_train_steps=1, beta=20.0, target_anchor=7.0))
+    family, schedule, _, pairs = recorded["call"]
+    parameters = [parameter for parameter in family.denoiser.parameters() if parameter.requires_grad]
+    for parameter, value in zip(parameters, recorded["before"]):
+        parameter.data.copy_(value)
+
+    timesteps = schedule.timesteps[(pairs.uniform * schedule.num_steps).long()].long().repeat(2)
+    scheduler = LCMScheduler.from_config(family.pipeline.scheduler.config)
+    latents = pairs.latents.flatten(0, 1)
+    noisy = scheduler.add_noise(latents, pairs.noise.repeat(2, 1, 1, 1), timesteps)
+    alphas = scheduler.alphas_cumprod[timesteps, None, None, None]
+
+    def errors():
+        output = family.predict(noisy, timesteps, pairs.conditioning)
+        predicted = (noisy - (1 - alphas).sqrt() * output) / alphas.sqrt()
+        return ((predicted - latents) ** 2).flatten(1).mean(1).view(2, -1)
+
+    with torch.no_grad(), family.without_lora():
+        base = errors()
+    target, reference = base - errors()
+    loss = (-torch.nn.functional.logsigmoid(20.0 * (target - reference)) + 7.0 * torch.relu(-target)).mean()
+    assert metrics(folder)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    gradients = torch.autograd.grad(loss, parameters)
+    assert any(gradient.any() for gradient in gradients)
+    for own, gradient in zip(recorded["gradients"], gradients):
+        assert (own - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-9
+
+
+def test_denoising_samples_are_what_the_deployed_pipeline_draws(flags, monkeypatch):
+    """By Euler, which has no density, and at one step."""
+    drawn, generate = [], Family.generate
+    monkeypatch.setattr(Family, "generate", lambda self, *args: drawn.append(args[2]) or generate(self, *args))
+    changes = DENOISING | {"scheduler": "euler", "num_inference_steps": 1, "num_validation_images": 0}
+    folder = run(flags(**changes, max_train_steps=2))
+    assert {deployment.num_inference_steps for deployment in drawn} == {1}
+    first, second = metrics(folder)
+    assert first["base_distance"] == 0 < second["base_distance"]
+    assert "| objective | denoising |" in (folder / "README.md").read_text()
+
+
+def test_denoising_draws_new_levels_in_every_inner_epoch(flags, monkeypatch):
+    seen, gains = [], train_pso_online.pair_gains
+    monkeypatch.setattr(train_pso_online, "pair_gains", lambda *args: seen.append(args[3].noise) or gains(*args))
+    run(flags(**DENOISING, train_batch_size=4, max_train_steps=2))
+    first, second = seen
+    assert first.shape == second.shape and not any(torch.equal(one, other) for one in first for other in second)
+
+
+def test_denoising_resumes_to_the_same_bits(flags, tmp_path):
+    changes = DENOISING | {"max_train_steps": 8, "checkpointing_steps": 4}
+    whole = run(flags(output_dir=tmp_path / "whole", **changes))
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = run(flags(output_dir=tmp_path / "resumed", resume_from_checkpoint="latest", **changes))
+    assert_same_weights(whole, resumed)
+    assert [line for line in metrics(whole) if line["step"] > 4] == [
+        line for line in metrics(resumed) if line["step"] > 4
+    ]
+
+
+@pytest.mark.parametrize("changes", [{"offload": True}, {"mixed_precision": "bf16"}], ids=str)
+def test_denoising_runs_with(flags, changes):
+    folder = run(flags(**DENOISING, **changes, max_train_steps=2))
+    assert all(np.isfinite(line["loss"]) for line in metrics(folder) if "loss" in line)
+
+
+def test_denoising_ends_with_nothing_but_ties(flags, capsys):
+    with pytest.raises(SystemExit):
+        run(flags(**DENOISING, reward="own_reward:all_ties", max_tie_epochs=2))
+    assert "2 epochs in a row had nothing but ties" in error_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"weighting": "x0"}, "--weighting goes with --objective denoising, not transition: drop it"),
+        (DENOISING | {"clip_range": 0.2}, "--clip_range goes with --objective transition, not denoising: drop it"),
+        (DENOISING | {"train_timesteps": 1}, "--train_timesteps goes with --objective transition"),
+        (DENOISING | {"weighting": "velocity"}, "--weighting velocity has no default --beta: pass one"),
+        (
+            DENOISING | {"weighting": "mdp", "num_inference_steps": 1},
+            "--weighting mdp needs a step before the last: pass --weighting epsilon or x0, or at least 2 steps",
+        ),
+    ],
+    ids=str,
+)
+def test_flags_of_another_objective_are_refused(flags, capsys, changes, message):
+    with pytest.raises(SystemExit):
+        run(flags(**changes))
+    assert error_line(capsys.readouterr().err).startswith(f"error: {message}")

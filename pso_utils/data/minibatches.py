@@ -5,30 +5,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from pso_utils.data.images import draw_noise, draw_timestep_uniform
 from pso_utils.data.latent_cache import LatentBatch, LatentCache, encoded_minibatches
 from pso_utils.data.loader import PairLoader
 from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.data.references import ReferenceLatents
-from pso_utils.families import Conditioning, Family
-
-
-class Pairs(NamedTuple):
-    """b pairs at one noise level each, on the accelerator, as k rows of b: the targets, their references (k = 2) and,
-    with a class prompt, the references once more, with that prompt (k = 3); or the targets alone (k = 1)."""
-
-    latents: Tensor  # [k, b, C, h, w], clean
-    noise: Tensor  # [b, C, h, w], shared by a pair
-    uniform: Tensor  # [b], in [0, 1): which timestep
-    conditioning: Conditioning  # of k * b
+from pso_utils.families import Family
+from pso_utils.families.denoising import NoisedPairs
 
 
 class PairMinibatch(NamedTuple):
     """This process's pairs of one optimizer step."""
 
-    microbatches: list[Pairs]  # none of them empty; there may be none
+    microbatches: list[NoisedPairs]  # none of them empty; there may be none
     num_broken: int  # records that were left out because an image is broken
     end: int  # how many records of the epoch are done after it, where a resumed run starts
 
@@ -68,7 +58,7 @@ class TrainingPairs:
                         microbatches.append(self._pairs(batch, epoch))
             yield PairMinibatch(microbatches, num_broken, minibatch.end)
 
-    def _pairs(self, batch: LatentBatch, epoch: int) -> Pairs:
+    def _pairs(self, batch: LatentBatch, epoch: int) -> NoisedPairs:
         latents, captions = [batch.targets], list(batch.captions)
         if self.takes_references:
             references = batch.references
@@ -90,4 +80,4 @@ class TrainingPairs:
         draws = {"seed": self.loader.seed, "epoch": epoch}
         noise = draw_noise(batch.ids, batch.targets.shape[1:], **draws).to(self.family.device)
         uniform = draw_timestep_uniform(batch.ids, **draws).to(self.family.device)
-        return Pairs(torch.stack(latents), noise, uniform, conditioning)
+        return NoisedPairs(torch.stack(latents), noise, uniform, conditioning)

@@ -5,9 +5,14 @@ import json
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
 from pso_utils.data.latent_cache import TensorCache
 from pso_utils.families import Conditioning, Family
 
+
+logger = get_logger(__name__)
 
 # Prompts that are encoded at once, always so many (the last are repeated): a row of a batch has the same bits whatever
 # the other rows, but not in a batch of another size, and a resumed run is to see what the interrupted one saw.
@@ -43,6 +48,16 @@ class PromptCache:
         for prompt, row in rows.items():
             self._keep(prompt, row)
         return [rows[prompt] for prompt in prompts]
+
+    def encode_all(self, prompts: Sequence[str], accelerator: Accelerator) -> None:
+        """Encodes all prompts to the store, each process its part, and gives the text encoders' memory back; all
+        processes call it."""
+        own = list(dict.fromkeys(prompts))[accelerator.process_index :: accelerator.num_processes]
+        for start in range(0, len(own), BATCH_SIZE):
+            self(own[start : start + BATCH_SIZE])
+        accelerator.wait_for_everyone()
+        self.family.free_text_encoders()
+        logger.info(f"--cache_prompts: {len(set(prompts))} prompts are encoded, and the text encoders are gone")
 
     def _keep(self, prompt: str, row: Conditioning):
         if prompt not in self._kept:

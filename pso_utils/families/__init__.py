@@ -11,11 +11,18 @@ __all__ = ["FAMILIES", "Conditioning", "Deployment", "Family", "find_family"]
 
 # Module and class in this folder; imported when they are needed, for each brings its pipeline's libraries along.
 FAMILIES: dict[str, str] = {
+    "StableDiffusionPipeline": "stable_diffusion:StableDiffusion",
+    "LatentConsistencyModelPipeline": "stable_diffusion:LatentConsistency",
     "StableDiffusionXLPipeline": "sdxl:SDXL",
     "StableDiffusionXLImg2ImgPipeline": "sdxl:SDXL",  # the same parts
     "ZImagePipeline": "z_image:ZImage",
+    "Flux2KleinPipeline": "flux2_klein:Flux2Klein",
+    "FluxPipeline": "flux:Flux",
     "SanaSprintPipeline": "sana_sprint:SanaSprint",
     "ErnieImagePipeline": "ernie_image:ErnieImage",
+    "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
+    "QwenImagePipeline": "qwen_image:QwenImage",
+    "Krea2Pipeline": "krea2:Krea2",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

@@ -15,11 +15,13 @@ its pipelines' model_index.json states. It sets the class attributes below and d
 
 and, where the pipeline differs: `schedule_arguments` (what it passes to `set_timesteps`), `call_arguments`, `collate`,
 `latent_shape` and `unpack` (where the loop's latents are packed), `encode_images` and `decode_latents` (where the VAE's
-class is not in `families/vae.py`). tests/families/cases holds what its tests need: a tiny pipeline with random weights,
-on which tests/families/test_every_family.py holds the adapter against diffusers itself.
+class is not in `families/vae.py`), `default_lora_targets` (where they depend on the model's size). tests/families/cases
+holds what its tests need: a tiny pipeline with random weights, on which tests/families/test_every_family.py holds the
+adapter against diffusers itself.
 """
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -34,9 +36,13 @@ from diffusers.training_utils import free_memory, offload_models
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
+
+
+logger = logging.getLogger(__name__)
 
 
 class Conditioning(dict[str, Tensor]):
@@ -128,12 +134,15 @@ class Family(ABC):
     vae_class: ClassVar[type[ModelMixin]] = AutoencoderKL
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
     unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
+    scheduler_values: ClassVar[dict] = {}  # what the pipeline sets in its scheduler's configuration when it is made
+    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # the one class that the pipeline runs; None: several
     guidance_scales: ClassVar[GuidanceScales]
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
     longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
     card_tags: ClassVar[list[str]]  # of the hub, in the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
-    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise
+    card_note: ClassVar[str | None] = None  # what the model card says of its code
+    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise; see `default_lora_targets`
     conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
     has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
@@ -158,6 +167,12 @@ class Family(ABC):
         self.offload_text_encoders = self.offload_vae = offload
         self.vae_batch_size = vae_batch_size
         self.lora_layers: list = []
+        # parts that diffusers must be told to leave out: the unused ones, and what the pipeline was saved without
+        absent = [name for name, part in pipeline.components.items() if part is None]
+        self.absent_parts = [
+            name for name in absent if name in self.unused_parts or name not in pipeline._optional_components
+        ]
+        self._warned_of_long_prompts = False
         self.origin: dict = {}
         self._loaded_parts: ExitStack | None = None
         self._drawer = _without_text_encoders(pipeline)
@@ -212,6 +227,11 @@ class Family(ABC):
                     f"--resolution {side} is not a multiple of {multiple}: pass {below} or {below + multiple}"
                 )
 
+    @classmethod
+    def default_lora_targets(cls, denoiser_config: dict) -> list[str]:
+        """Where the LoRA goes unless told otherwise, in a denoiser of this configuration."""
+        return cls.lora_targets
+
     # ---- Shapes and schedules ----
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -232,6 +252,16 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
+
+    def warn_of_long_prompts(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+        """Once: diffusers would warn of every prompt and text encoder, with all that was cut off."""
+        if self._warned_of_long_prompts:
+            return
+        for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
+            if len(tokens) > limit:
+                self._warned_of_long_prompts = True
+                logger.warning(f"prompts are cut off after {limit} tokens, the first one is: {prompt[:80]!r} ...")
+                return
 
     def collate(
         self,
@@ -269,6 +299,8 @@ class Family(ABC):
         else:
             arguments = {"num_inference_steps": deployment.num_inference_steps}
         arguments["guidance_scale"] = self.guidance_scale
+        if self.max_sequence_length is not None:
+            arguments["max_sequence_length"] = self.max_sequence_length
         if deployment.eta is not None:
             arguments["eta"] = deployment.eta
         if self.max_sequence_length is not None:
@@ -378,8 +410,9 @@ class Family(ABC):
         target_modules: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> list[torch.nn.Parameter]:
-        """`lora.add_lora` to the denoiser, by default at `lora_targets`; returns the parameters to train."""
-        target_modules = self.lora_targets if target_modules is None else target_modules
+        """`lora.add_lora` to the denoiser, by default at `default_lora_targets`; returns the parameters to train."""
+        if target_modules is None:
+            target_modules = self.default_lora_targets(self.denoiser.config)
         parameters = lora.add_lora(
             self.denoiser, rank=rank, lora_alpha=lora_alpha, target_modules=target_modules, seed=seed
         )
@@ -412,6 +445,7 @@ def _without_text_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     values |= {name: None for name in parameters if name.startswith(("text_encoder", "tokenizer"))}
     if "add_watermarker" in parameters:
         values["add_watermarker"] = False
-    drawer = type(pipeline)(**values)
+    with quiet_libraries():  # which have warned of what is left out
+        drawer = type(pipeline)(**values)
     drawer.set_progress_bar_config(disable=True)
     return drawer

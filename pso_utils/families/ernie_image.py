@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Mistral3Config, Mistral3Model
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
-from pso_utils.families.flow import FlowFamily
+from pso_utils.families.flow import FlowFamily, ragged
 
 
 class ErnieImage(FlowFamily):
@@ -35,10 +35,7 @@ class ErnieImage(FlowFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         with self._use(*self.text_encoders, offload=self.offload_text_encoders):
             prompt_embeds = self.pipeline.encode_prompt(list(prompts), self.device)
-        return [
-            Conditioning(prompt_embeds=row, prompt_mask=torch.ones(len(row), dtype=torch.bool, device=row.device))
-            for row in prompt_embeds
-        ]
+        return [ragged(row) for row in prompt_embeds]
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.denoiser.dtype

@@ -3,12 +3,13 @@
 from typing import ClassVar
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from pso_utils.families.base import Deployment, Family
+from pso_utils.families.base import Conditioning, Deployment, Family
 
 
 class FlowFamily(Family):
@@ -20,7 +21,9 @@ class FlowFamily(Family):
 
     @classmethod
     def size_multiple(cls, vae_config: dict) -> int:
-        return cls.latents_per_patch * 2 ** (len(vae_config["block_out_channels"]) - 1)
+        # AutoencoderKLQwenImage lists its downsamplings; AutoencoderKL has one after each block but the last
+        downsamplings = vae_config.get("temperal_downsample") or vae_config["block_out_channels"][1:]
+        return cls.latents_per_patch * 2 ** len(downsamplings)
 
     @classmethod
     def sigmas(cls, num_inference_steps: int) -> list[float]:
@@ -43,9 +46,30 @@ class FlowFamily(Family):
         return {"sigmas": cls.sigmas(num_inference_steps), "mu": mu}
 
 
+# ---- Prompts of unlike length ----
+
+
+def ragged(prompt_embeds: Tensor) -> Conditioning:
+    """Of one prompt: its embeddings [S, ...], with the mask that tells them from what pads them in a batch."""
+    mask = torch.ones(len(prompt_embeds), dtype=torch.bool, device=prompt_embeds.device)
+    return Conditioning(prompt_embeds=prompt_embeds, prompt_mask=mask)
+
+
+def without_padding(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
+    """A batch's embeddings [B, S, ...], cut to its longest prompt, and its mask [B, S]: None where all are as long."""
+    prompt_embeds, mask = conditioning["prompt_embeds"], conditioning["prompt_mask"]
+    lengths = mask.sum(dim=1).tolist()
+    longest = max(lengths)
+    return prompt_embeds[:, :longest], mask[:, :longest] if min(lengths) < longest else None
+
+
+# ---- Packed latents ----
+
+
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`)."""
-    return to_sequence(pixel_unshuffle(latents, 2))
+    """[B, C, h, w] as a sequence of patches [B, h w / 4, 4 C] (diffusers' `_pack_latents`), contiguous as there: in
+    bfloat16 the bits of a product depend on it."""
+    return to_sequence(pixel_unshuffle(latents, 2)).contiguous()
 
 
 def unpack(sequence: Tensor, height: int, width: int) -> Tensor:
@@ -61,6 +85,11 @@ def to_sequence(latents: Tensor) -> Tensor:
 def from_sequence(sequence: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `to_sequence`."""
     return sequence.transpose(1, 2).unflatten(2, (height, width))
+
+
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """Row and column of each patch of such a sequence, [height width, 2]."""
+    return torch.cartesian_prod(torch.arange(height, device=device), torch.arange(width, device=device))
 
 
 class PackedFamily(FlowFamily):

@@ -33,6 +33,7 @@ class ModelSource:
         vae: instead of the pipeline's, of the same class.
         distilled_denoiser: a local file, `repo:file`, or the folder or hub id of a denoiser with its own config, which
             replaces the pipeline's.
+        distilled_flag: what named it, distilled_unet or distilled_transformer, to be held against the family.
         distillation_lora, distillation_lora_scale: a file, a folder, `repo` or `repo:file`, fused into the denoiser
             with this scale.
         revision, variant: of the pipeline.
@@ -44,6 +45,7 @@ class ModelSource:
     pretrained_model_name_or_path: str
     vae: str | None = None
     distilled_denoiser: str | None = None
+    distilled_flag: str | None = None
     distillation_lora: str | None = None
     distillation_lora_scale: float = 1.0
     revision: str | None = None
@@ -70,6 +72,7 @@ class ModelInfo(NamedTuple):
     denoiser_config: dict  # of the one that is trained
     vae_config: dict
     scheduler: SchedulerMixin  # converted as the source says
+    absent_parts: tuple[str, ...]  # of the pipeline: the unused ones, and those that it was saved without
 
 
 def read_config(model_class, location: str, subfolder: str | None = None, **files) -> dict:
@@ -110,6 +113,10 @@ def read_model_info(source: ModelSource) -> ModelInfo:
         raise UserError(f"{base}: its model_index.json does not name the classes of the pipeline and of its scheduler")
     family = find_family(pipeline_class, base)
     family.check_pipeline(model_index)
+    own_flag = f"distilled_{family.denoiser_name}"
+    if source.distilled_flag not in (None, own_flag):
+        name = family.pipeline_class.__name__
+        raise UserError(f"--{source.distilled_flag}: a {name} has a {family.denoiser_name}: pass --{own_flag}")
     base_config = read_config(family.denoiser_class, base, family.denoiser_name, **source.files)
     denoiser_config = _check_distilled_denoiser(source, family, base_config)
     if source.distillation_lora is not None:
@@ -119,7 +126,9 @@ def read_model_info(source: ModelSource) -> ModelInfo:
 
     scheduler = _read_scheduler(source, model_index)
     scheduler = _converted(source, family, denoiser_config, scheduler)
-    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler)
+    missing = [name for name, value in model_index.items() if value == [None, None]]
+    absent_parts = (*family.unused_parts, *missing)
+    return ModelInfo(family, denoiser_config, _read_vae_config(source, family), scheduler, absent_parts)
 
 
 def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
@@ -156,12 +165,21 @@ def _converted(source: ModelSource, family: type[Family], denoiser_config: dict,
     original_inference_steps = source.original_inference_steps
     if original_inference_steps is None and source.scheduler == "lcm":
         original_inference_steps = family.original_inference_steps(denoiser_config)
-    return convert_scheduler(
+    scheduler = convert_scheduler(
         scheduler,
         source.scheduler,
         timestep_spacing=source.timestep_spacing,
         original_inference_steps=original_inference_steps,
     )
+    if family.only_scheduler not in (None, type(scheduler)):
+        name, only = family.pipeline_class.__name__, family.only_scheduler.__name__
+        raise UserError(f"--scheduler: a {name} runs {only} alone, not {type(scheduler).__name__}: drop the flag")
+    values = {key: value for key, value in family.scheduler_values.items() if key in scheduler.config}
+    for key, value in values.items():
+        if (source.scheduler_config or {}).get(key, value) != value:
+            raise UserError(f"--scheduler_config: a {family.pipeline_class.__name__} sets {key} to {value}: drop it")
+    scheduler.register_to_config(**values)
+    return scheduler
 
 
 def _check_weight_file(flag: str, name: str) -> Path | None:
@@ -213,6 +231,8 @@ def empty_parts(source: ModelSource, info: ModelInfo) -> dict[str, torch.nn.Modu
     parts = {info.family.denoiser_name: empty_denoiser(info.family, info.denoiser_config)}
     base = source.pretrained_model_name_or_path
     for part, (model_class, config_class) in info.family.text_encoder_classes.items():
+        if part in info.absent_parts:
+            continue
         try:
             config = config_class.from_pretrained(base, subfolder=part, **source.files)
         except OSError as error:
@@ -259,7 +279,7 @@ def load_pipeline(source: ModelSource, *, weight_dtype: torch.dtype = torch.floa
         UserError: a part cannot be loaded, or does not fit the base model.
     """
     info = read_model_info(source)
-    parts = dict.fromkeys(info.family.unused_parts)
+    parts = dict.fromkeys(info.absent_parts)
     is_upcast = info.family.upcasts_vae and info.vae_config.get("force_upcast", True)
     vae_dtype = torch.float32 if is_upcast else weight_dtype
     try:
@@ -303,7 +323,10 @@ def _load_distilled_denoiser(source: ModelSource, info: ModelInfo, weight_dtype:
     denoiser = empty_denoiser(info.family, info.denoiser_config)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     _check_state_dict(source.distilled_denoiser, denoiser, shapes)
-    denoiser.load_state_dict({key: value.to(weight_dtype) for key, value in state_dict.items()}, assign=True)
+    kept = set(denoiser._keep_in_fp32_modules or [])  # as `from_pretrained` keeps them
+    for key, value in state_dict.items():
+        state_dict[key] = value.to(weight_dtype if kept.isdisjoint(key.split(".")) else torch.float32)
+    denoiser.load_state_dict(state_dict, assign=True)
     return denoiser
 
 

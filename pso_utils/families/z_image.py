@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
 from pso_utils.families.base import Conditioning, GuidanceScales
-from pso_utils.families.flow import FlowFamily
+from pso_utils.families.flow import FlowFamily, ragged
 
 
 class ZImage(FlowFamily):
@@ -34,10 +34,7 @@ class ZImage(FlowFamily):
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.max_sequence_length,
             )
-        return [
-            Conditioning(prompt_embeds=row, prompt_mask=torch.ones(len(row), dtype=torch.bool, device=row.device))
-            for row in prompt_embeds
-        ]
+        return [ragged(row) for row in prompt_embeds]
 
     def _ragged(self, conditioning: Conditioning) -> list[Tensor]:
         """The prompts' embeddings [S_i, D], without what pads them."""

@@ -24,6 +24,14 @@ class PairSelection(NamedTuple):
     tie: Tensor
 
 
+def within_group_deviation(scores: Tensor) -> Tensor:
+    """The standard deviation [R] of the scores [R, P, K] about the mean of their own prompt's K, over all prompts; 1
+    where all samples of each prompt score alike. By it rewards of unlike units can be added: a deviation for each
+    prompt would be a vote without size where K is 2."""
+    variance = scores.double().var(dim=2).mean(dim=1)
+    return torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
+
+
 def select_pairs(scores: Tensor, weights: Tensor, combination: str = "sum") -> PairSelection:
     """Picks a target and a reference among the K samples of each of P prompts.
 

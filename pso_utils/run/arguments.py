@@ -203,6 +203,8 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser):
 def add_run_arguments(parser: argparse.ArgumentParser, *, output_dir: str):
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=output_dir, help="Folder for the LoRA, the model card, images, checkpoints and logs.")
+    add("--cache_prompts", action="store_true", help="Encode all prompts once, to disk; then the text encoders leave "
+        "memory.")  # fmt: skip
     add("--seed", type=bounded(int, 0, high=2**32 - 1), default=0, help="Seed of everything that is drawn.")
     add("--checkpointing_steps", type=positive_int, help="Save a checkpoint every so many optimizer steps; online at "
         "the next epoch boundary. Default: a tenth of the run, at most 500.")  # fmt: skip

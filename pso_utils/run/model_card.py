@@ -87,7 +87,7 @@ def usage_snippet(
         parts.append(f"revision={source.revision!r}")
     if source.variant is not None:
         parts.append(f"variant={source.variant!r}")
-    parts += [f"{name}=None" for name in family.unused_parts]
+    parts += [f"{name}=None" for name in family.absent_parts]
     scheduler = family.pipeline.scheduler
     imports["diffusers"].add(type(scheduler).__name__)
     call = [f"prompt={prompt!r}", *(f"{name}={value!r}" for name, value in family.call_arguments(deployment).items())]
@@ -151,6 +151,7 @@ def save_model_card(
         "and the few steps below.",
         *(f"![{caption}]({name})" for caption, name in images),
         f"## Use\n\n```python\n{snippet}\n```",
+        *([family.card_note] if family.card_note else []),
     ]
     if training:
         rows = "\n".join(f"| {name} | {value} |" for name, value in training.items())

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import Tensor
 
+from pso_utils.data.latent_cache import TensorCache
+from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.errors import UserError, first_line
 from pso_utils.families import Deployment, Family
 from pso_utils.families.loading import ModelInfo, ModelSource, empty_denoiser, load_pipeline, read_model_info
@@ -40,10 +42,14 @@ def model_settings(args: argparse.Namespace) -> dict:
 
 
 def model_source(args: argparse.Namespace) -> ModelSource:
+    flags = [flag for flag in ("distilled_unet", "distilled_transformer") if getattr(args, flag)]
+    if len(flags) > 1:
+        raise UserError("--distilled_unet and --distilled_transformer are two denoisers: pass one")
     return ModelSource(
         pretrained_model_name_or_path=args.pretrained_model_name_or_path,
         vae=args.pretrained_vae_model_name_or_path,
-        distilled_denoiser=args.distilled_unet or args.distilled_transformer,
+        distilled_denoiser=getattr(args, flags[0]) if flags else None,
+        distilled_flag=flags[0] if flags else None,
         distillation_lora=args.distillation_lora,
         distillation_lora_scale=args.distillation_lora_scale or 1.0,
         revision=args.revision,
@@ -63,8 +69,6 @@ def check_model(args: argparse.Namespace) -> ModelInfo:
         UserError: files that are missing or don't belong together, a resolution that doesn't fit the VAE, guidance for
             a model that takes none, or another flag that the family does not take.
     """
-    if args.distilled_unet and args.distilled_transformer:
-        raise UserError("--distilled_unet and --distilled_transformer are two denoisers: pass one")
     info = read_model_info(model_source(args))
     _check_family_flags(args, info.family)
     info.family.check_size(info.vae_config, args.resolution, args.resolution)
@@ -73,10 +77,7 @@ def check_model(args: argparse.Namespace) -> ModelInfo:
 
 
 def _check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
-    name, own = family.pipeline_class.__name__, f"distilled_{family.denoiser_name}"
-    for flag in ("distilled_unet", "distilled_transformer"):
-        if getattr(args, flag) and flag != own:
-            raise UserError(f"--{flag}: the denoiser of a {name} is its {family.denoiser_name}: pass --{own}")
+    name = family.pipeline_class.__name__
     if args.max_sequence_length is not None and family.max_sequence_length is None:
         raise UserError(f"--max_sequence_length: a {name} takes none: drop it")
     if args.max_sequence_length is not None and args.max_sequence_length > family.longest_sequence:
@@ -103,7 +104,7 @@ def check_lora(args: argparse.Namespace, info: ModelInfo) -> list[str]:
     if args.rank is None:
         args.rank = DEFAULT_RANK
     if args.lora_target_modules is None:
-        return info.family.lora_targets
+        return info.family.default_lora_targets(info.denoiser_config)
     denoiser = empty_denoiser(info.family, info.denoiser_config)
     check_lora_targets(denoiser, args.lora_target_modules, info.family.lora_targets)
     return args.lora_target_modules
@@ -221,6 +222,13 @@ def card_settings(args: argparse.Namespace) -> dict[str, str]:
     """What the model card says of a model that is not as its files are."""
     settings = {} if args.quantize is None else {"quantize": args.quantize}
     return settings if args.lora_path is None else settings | {"goes on from": Path(args.lora_path).name}
+
+
+def make_prompt_cache(args: argparse.Namespace, family: Family) -> PromptCache:
+    """The cache of embeddings, with --cache_prompts on disk, too."""
+    return PromptCache(
+        family, store=TensorCache(Path(args.output_dir, "cache", "prompts")) if args.cache_prompts else None
+    )
 
 
 def load_run_rewards(args: argparse.Namespace, accelerator: Accelerator, specs: Sequence[RewardSpec]) -> Rewards:

@@ -72,8 +72,8 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--center_crop", action="store_true", help="Crop images at their centre instead of at random.")
     add("--random_flip", action="store_true", help="Mirror every other pair, both of its images.")
     add("--skip_broken_images", action="store_true", help="Count and leave out pairs with a broken image.")
-    add("--cache_latents", action="store_true", help="Encode images and prompts once, to disk; the text encoders leave "
-        "memory and the VAE the accelerator. Takes --center_crop.")  # fmt: skip
+    add("--cache_latents", action="store_true", help="Encode images once, to disk; the VAE leaves the accelerator. "
+        "Takes --center_crop.")  # fmt: skip
 
 
 def check_task_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
@@ -98,6 +98,10 @@ def open_source(args: argparse.Namespace) -> Table | Stream:
         )
     if args.cache_latents and not args.center_crop:
         raise UserError("--cache_latents encodes an image once, and a random crop is new each time: add --center_crop")
+    if args.cache_prompts and args.streaming:
+        raise UserError(
+            "--cache_prompts takes prompts that are known from the start, not --streaming: drop one of them"
+        )
     if args.cache_latents and args.streaming:
         raise UserError("--cache_latents keeps on disk what --streaming is to spare it: drop one of them")
     if args.shuffle_buffer_size is not None and not args.streaming:

@@ -16,7 +16,8 @@ SECRETS = ("hub_token",)
 # done at once. The number of processes is no flag, and may differ too.
 MAY_DIFFER = frozenset(
     """
-    output_dir resume_from_checkpoint cache_dir cache_latents logging_dir report_to push_to_hub hub_model_id hub_public
+    output_dir resume_from_checkpoint cache_dir cache_latents cache_prompts logging_dir report_to
+    push_to_hub hub_model_id hub_public
     checkpointing_steps checkpointing_minutes checkpoints_total_limit validation_steps validation_prompts
     num_validation_images early_stopping_patience dataloader_num_workers
     offload vae_batch_size reward_batch_size gradient_checkpointing

@@ -104,6 +104,13 @@ def test_a_store_serves_without_text_encoders_and_tells_them_apart(family, encod
     assert len(encoded) == 2
 
 
+def test_a_store_tells_lengths_apart(family, encoded, tmp_path, monkeypatch):
+    for length in (256, 512, 256):
+        monkeypatch.setattr(family, "max_sequence_length", length)
+        PromptCache(family, store=TensorCache(tmp_path))(PROMPTS)
+    assert len(encoded) == 2
+
+
 def test_prompts_that_are_stored_are_read_after_the_text_encoders_have_gone(tmp_path):
     family = SDXL(build_pipeline())
     embed = PromptCache(family, max_bytes=1, store=TensorCache(tmp_path))

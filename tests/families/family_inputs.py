@@ -1,11 +1,16 @@
 """What the tests of the families share."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from pso_utils.families import Family
+from pso_utils.families import Conditioning, Family
+from pso_utils.families.loading import ModelInfo
+from pso_utils.mdp import sample_trajectory
+from pso_utils.schedules import Schedule, make_schedule
 
 
 PROMPTS = ["red panda animal", "apple food"]
@@ -32,6 +37,22 @@ def generators(count: int = len(PROMPTS)) -> list[torch.Generator]:
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def deployed_schedule(info: ModelInfo, steps: int, side: int = SIZE["height"]) -> Schedule:
+    """The schedule of square images at eta 0."""
+    size = {"vae_config": info.vae_config, "height": side, "width": side}
+    arguments = info.family.schedule_arguments(info.scheduler, steps, **size)
+    return make_schedule(info.scheduler, steps, stochastic=False, **arguments)
+
+
+def sample_deployed(family: Family, schedule: Schedule, conditioning: Conditioning) -> Tensor:
+    """Latents [2, C, h, w] at the end of the trajectories at eta 0, from the noise of `generators()`, at SIZE."""
+    shape = family.latent_shape(**SIZE)
+    noise = torch.zeros(2, schedule.num_steps + 1, *shape)
+    noise[:, 0] = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators()])
+    with torch.no_grad():
+        return sample_trajectory(schedule, partial(family.predict, conditioning=conditioning), noise)[:, -1]
 
 
 def record_calls(module, call) -> list[tuple[tuple, dict, Tensor]]:

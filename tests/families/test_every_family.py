@@ -26,7 +26,7 @@ def case(request, tmp_path_factory):
     case = find_case(request.param)
     case.folder = tmp_path_factory.mktemp(request.param)
     case.build().save_pretrained(case.folder)
-    case.source = ModelSource(str(case.folder))
+    case.source = ModelSource(str(case.folder), scheduler_config=case.SCHEDULER_CONFIG)
     case.info = read_model_info(case.source)
     case.loaded = load_pipeline(case.source)
     return case
@@ -46,9 +46,10 @@ def schedule_of(case, steps: int, height: int, width: int, **settings):
 def plain(case, dtype: torch.dtype = torch.float32, **config):
     """What diffusers alone makes of the folder; `config` replaces values of its scheduler's."""
     pipeline = case.info.family.pipeline_class.from_pretrained(
-        case.folder, dtype=dtype, **dict.fromkeys(case.info.family.unused_parts)
+        case.folder, dtype=dtype, **dict.fromkeys(case.info.absent_parts)
     )
-    pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **config})
+    config = {**pipeline.scheduler.config, **case.SCHEDULER_CONFIG, **config}
+    pipeline.scheduler = type(pipeline.scheduler).from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
@@ -56,11 +57,12 @@ def plain(case, dtype: torch.dtype = torch.float32, **config):
     return pipeline
 
 
-def draw(case, pipeline, steps: int, height: int, width: int, *, prompts=PROMPTS, **settings):
-    """What the plain pipeline draws of the prompts, called as at deployment."""
-    settings = {"num_inference_steps": steps, "height": height, "width": width, "output_type": "np"} | settings
+def draw(case, pipeline, steps: int, height: int, width: int, **settings):
+    """What the plain pipeline draws of PROMPTS, called as at deployment."""
+    size = {"height": height, "width": width}
+    settings = {"prompt": list(PROMPTS), "num_inference_steps": steps, "output_type": "np"} | size | settings
     settings |= case.CALL | case.CALL_AT.get(steps, {})
-    return pipeline(prompt=list(prompts), generator=generators(len(prompts)), **settings).images
+    return pipeline(generator=generators(len(PROMPTS)), **settings).images
 
 
 @contextmanager
@@ -136,8 +138,7 @@ def test_the_trajectory_is_the_plain_pipelines(case, family):
         assert trajectory.shape[1] == len(expected) == steps + 1
         assert trajectory.std() > 0.1 and trajectory[0].ne(trajectory[1]).any()
         for latents, own in zip(expected, trajectory.unbind(1)):
-            assert_close(own, latents.float())
-            assert torch.equal(own, latents) or not case.IS_EXACT
+            assert_close(own, latents.float(), 0 if case.IS_EXACT else TOLERANCE)
 
 
 def test_the_stochastic_trajectory_is_the_schedulers_own(case, family):
@@ -181,7 +182,8 @@ def test_rows_at_unlike_steps_and_padded_prompts_are_as_alone(case, family):
 
 
 def test_in_bfloat16_the_model_is_called_as_the_pipeline_calls_it(case):
-    """Each step alone: most pipelines round their latents to bfloat16 after every step, and training does not."""
+    """Each step alone: most pipelines round their latents to bfloat16 after every step, and training does not. With the
+    same embeddings where the pipeline's own have other last bits, or other padding."""
     steps, height, width = runs(case)[0]
     family = case.info.family(load_pipeline(case.source, weight_dtype=torch.bfloat16))
     pipeline, calls = plain(case, torch.bfloat16), []
@@ -191,11 +193,12 @@ def test_in_bfloat16_the_model_is_called_as_the_pipeline_calls_it(case):
         calls.append((model_output, sample))
         return step(model_output, timestep, sample, *args, **kwargs)
 
+    conditioning = conditioning_of(family, height, width)
+    given = {} if case.IS_EXACT else {"prompt": None, **family.pipeline_inputs(conditioning)}
     pipeline.scheduler.step = record_step
-    draw(case, pipeline, steps, height, width)
+    draw(case, pipeline, steps, height, width, **given)
     unpack = partial(case.unpack, pipeline, height=height, width=width)
     schedule = schedule_of(case, steps, height, width, stochastic=False)
-    conditioning = conditioning_of(family, height, width)
     assert len(calls) == steps
     for index, (model_output, sample) in enumerate(calls):
         at = schedule.at(torch.full((len(PROMPTS),), index))

@@ -250,7 +250,7 @@ def test_pickles_in_folders_and_loras_are_not_run(tiny_pipeline_dir, pipeline_co
 
 
 def spoil_class(folder: Path, tmp_path: Path) -> dict:
-    edit_json(folder / "model_index.json", _class_name="StableDiffusionPipeline")
+    edit_json(folder / "model_index.json", _class_name="KandinskyPipeline")
     return {}
 
 
@@ -305,7 +305,7 @@ def garbage_lora(folder: Path, tmp_path: Path) -> dict:
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_class, "is a StableDiffusionPipeline; pass one of StableDiffusionXLPipeline, "),
+        (spoil_class, "is a KandinskyPipeline; pass one of StableDiffusionPipeline, "),
         (spoil_json, "pipeline, unet: no configuration can be read"),
         (spoil_scheduler, "no scheduler MagicScheduler; upgrade it"),
         (drop_scheduler, "pipeline, scheduler: no configuration can be read"),

@@ -74,7 +74,7 @@ def test_videos_are_refused(told, pipeline_class):
     assert f"is a {pipeline_class}, which cannot be tuned here: it draws videos" in told(pipeline_class=pipeline_class)
 
 
-@pytest.mark.parametrize("pipeline_class", ["KandinskyV22Pipeline", "NobodysPipeline", None])
+@pytest.mark.parametrize("pipeline_class", ["KandinskyV22Pipeline", "NobodysPipeline"])
 def test_an_unknown_pipeline_is_told_what_can_be_passed(told, pipeline_class):
     assert f"is a {pipeline_class}; pass one of {', '.join(FAMILIES)}" in told(pipeline_class=pipeline_class)
 
@@ -96,6 +96,10 @@ def test_the_names_are_diffusers_own():
         ({"timesteps": [999, 749, 499, 249]}, "takes no timesteps: pass num_inference_steps"),
         ({"resolution": 40}, "--resolution 40 is not a multiple of 16: pass 32 or 48"),
         ({"guidance_scale": 3.5}, "--guidance_scale 3.5: the model takes no guidance embedding, and PSO tunes without"),
+        (
+            {"distilled_unet": "nobody/weights"},
+            "--distilled_unet: a ZImagePipeline has a transformer: pass --distilled_transformer",
+        ),
         ({"max_sequence_length": 513}, "--max_sequence_length: a ZImagePipeline takes at most 512"),
     ],
 )

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pso_utils.rewards import select_pairs
+from pso_utils.rewards import select_pairs, within_group_deviation
 
 
 def brute_force(scores, weights, combination):
@@ -89,3 +89,19 @@ def test_equal_samples_tie_wherever_they_stand():
 def test_bad_selections_are_named(scores, weights, combination, message):
     with pytest.raises(ValueError, match=message):
         select_pairs(scores, torch.tensor(weights), combination)
+
+
+def test_the_deviation_within_groups_is_about_each_prompts_own_mean():
+    torch.manual_seed(0)
+    spread = torch.randn(2, 500, 8, dtype=torch.float64) * torch.tensor([3.0, 0.5]).view(2, 1, 1)
+    deviation = within_group_deviation(spread + 100 * torch.randn(2, 500, 1))  # unlike prompts, alike spreads
+    assert torch.allclose(deviation, torch.tensor([3.0, 0.5], dtype=torch.float64), rtol=0.05)
+    assert within_group_deviation(torch.ones(1, 3, 4)).tolist() == [1.0]  # nothing to divide by
+
+
+def test_in_units_of_their_deviations_a_rewards_own_unit_decides_nothing():
+    scores, weights = torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 1.0])
+    scaled = scores * torch.tensor([1.0, 1e6]).view(2, 1, 1)
+    plain, others = (select_pairs(each, weights / within_group_deviation(each)) for each in (scores, scaled))
+    assert torch.equal(plain.target, others.target) and torch.equal(plain.reference, others.reference)
+    assert not torch.equal(select_pairs(scaled, weights).target, plain.target)

@@ -6,10 +6,11 @@ A case is a module of this folder, named in CASES, with
   drawn anew, and shift, scale, means and deviations are not the neutral ones;
 - `CALL`: how the plain pipeline is called at deployment, beside prompts, steps, size and generators;
 
-and, where it is otherwise than below, `STEPS`, `SIZES`, `unpack(pipeline, latents, height, width)` (latents of the
+and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides), `STEPS`, `SIZES`,
+`SCHEDULER_CONFIG` (what replaces the pipeline's own values), `unpack(pipeline, latents, height, width)` (latents of the
 pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
 the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the
-trajectory is the plain pipeline's bit for bit), `CALL_AT` (what the call takes besides at a number of steps).
+trajectory is the plain pipeline's bit for bit).
 """
 
 from importlib import import_module
@@ -18,16 +19,18 @@ from types import SimpleNamespace
 import torch
 
 
-CASES = ["z_image", "sana_sprint", "ernie_image"]
+CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "qwen_image", "krea2", "sd15", "sd21", "lcm", "sdxl",
+         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image"]  # fmt: skip
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
+    "CALL_AT": {},
     "STEPS": (2, 4),
     "SIZES": ((32, 32), (32, 64)),  # height and width, in pixels
     "ETA": None,
+    "SCHEDULER_CONFIG": {},
     "IS_EXACT": False,
     "FLAGS": {},  # of the scripts, beside model, steps and resolution
-    "CALL_AT": {},
     "unpack": lambda pipeline, latents, height, width: latents,
 }
 

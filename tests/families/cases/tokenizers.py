@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer, T5Tokenizer
 
 from tests.conftest import CAPTIONS
 
@@ -15,21 +15,24 @@ CHAT_TEMPLATE = (
 )
 
 
-def _train_byte_level_bpe(special: Sequence[str] = ()) -> Tokenizer:
-    """Every byte is in its vocabulary, after the special tokens."""
+def _train_byte_level_bpe(special: Sequence[str] = (), template: str = "") -> Tokenizer:
+    """Every byte is in its vocabulary, after the special tokens; each word of `template` is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=320, initial_alphabet=alphabet, special_tokens=list(special), show_progress=False
+        vocab_size=1000 if template else 320,  # 1000: more than all merges that there are
+        initial_alphabet=alphabet,
+        special_tokens=list(special),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(CAPTIONS * 2, trainer)
+    tokenizer.train_from_iterator([*CAPTIONS * 2, template], trainer)
     return tokenizer
 
 
-def build_qwen_tokenizer(max_length: int = 512) -> Qwen2Tokenizer:
-    """Byte-level BPE with every byte in its vocabulary, and a chat template."""
-    tokenizer = _train_byte_level_bpe()
+def build_qwen_tokenizer(max_length: int = 512, *, template: str = "") -> Qwen2Tokenizer:
+    """Byte-level BPE with every byte in its vocabulary, and a chat template; each word of `template` is one token."""
+    tokenizer = _train_byte_level_bpe(template=template)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*special, *sorted(tokenizer.get_vocab())]
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
@@ -61,3 +64,17 @@ def build_mistral_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **tokens)
+
+
+def build_t5_tokenizer(max_length: int = 512) -> T5Tokenizer:
+    """Unigram, with every ASCII letter and digit in its vocabulary."""
+    letters = [chr(code) for code in range(128) if chr(code).isalnum()]
+    special = ["<pad>", "</s>", "<unk>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, initial_alphabet=letters, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(CAPTIONS * 2, trainer)
+    vocab = [tuple(piece) for piece in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=max_length)

@@ -9,6 +9,7 @@ from tests.families.cases.tokenizers import build_qwen_tokenizer
 
 
 CALL = {"guidance_scale": 0.0}
+IS_EXACT = True
 
 
 def build_vae(seed: int = 1) -> AutoencoderKL:
