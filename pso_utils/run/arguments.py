@@ -179,7 +179,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_path", help="A LoRA of one's own to go on from, with its rank, alpha and layers: a folder, a file, a "
         "hub id or `repo:file`. Default: a new one.")  # fmt: skip
-    add("--rank", type=positive_int, help=f"Rank of the LoRA matrices. Default: {DEFAULT_RANK}.")
+    add("--rank", type=bounded(int, 1, high=8192), help=f"Rank of the LoRA matrices. Default: {DEFAULT_RANK}.")
     add("--lora_alpha", type=positive_float, help="Scale of the LoRA, as alpha / rank. Default: the rank.")
     add("--lora_target_modules", nargs="+", help="Names of the denoiser's layers that get LoRA. Default: the family's, "
         "for SDXL to_q to_k to_v to_out.0.")  # fmt: skip
