@@ -69,7 +69,7 @@ def run(args):
         family.lora_layers = lora_layers(family.denoiser)
         for name, parameter in family.denoiser.named_parameters():
             parameter.requires_grad_("lora_" in name)
-        for weighting in WEIGHTINGS:
+        for weighting in (name for name, entry in WEIGHTINGS.items() if not entry.is_flow):
             shares = gradient_shares(family, pairs, args.task, weighting)
             print(f"{weighting}: " + ", ".join(f"{share:.3f} at {timestep}" for timestep, share in shares.items()))
 

@@ -72,4 +72,5 @@ class PromptCache:
         return None if entry is None else Conditioning(entry)
 
     def _key(self, prompt: str) -> str:
-        return hashlib.sha256(f"{self._origin} {prompt}".encode()).hexdigest()
+        encoding = f"{self._origin} {self.family.max_sequence_length}"
+        return hashlib.sha256(f"{encoding} {prompt}".encode()).hexdigest()

@@ -26,6 +26,7 @@ class SDXL(UNetFamily):
     upcasts_vae = True
     addition_embed_type = "text_time"
     prompt_inputs = ("prompt_embeds", "pooled_prompt_embeds")
+    added_conditions = {"text_embeds": "pooled_prompt_embeds", "time_ids": "add_time_ids"}
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, **settings):
         super().__init__(pipeline, **settings)
@@ -48,6 +49,3 @@ class SDXL(UNetFamily):
         crop_top_lefts = torch.zeros_like(size) if crop_top_lefts is None else crop_top_lefts
         batch["add_time_ids"] = torch.cat([original_sizes, crop_top_lefts, size], dim=1).to(like.device, like.dtype)
         return batch
-
-    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor]:
-        return {"text_embeds": conditioning["pooled_prompt_embeds"], "time_ids": conditioning["add_time_ids"]}

@@ -27,6 +27,7 @@ class UNetFamily(Family):
     has_kohya_format = True
     addition_embed_type: ClassVar[str | None] = None  # of the UNet's configuration
     prompt_inputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline's call, as its encode_prompt gives
+    added_conditions: ClassVar[dict[str, str]] = {}  # the model's added_cond_kwargs, and where they are
 
     def __init__(self, pipeline: DiffusionPipeline, **settings):
         super().__init__(pipeline, **settings)
@@ -73,17 +74,13 @@ class UNetFamily(Family):
             batch["timestep_cond"] = embedding.to(like.device, like.dtype)
         return batch
 
-    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """The UNet's `added_cond_kwargs`."""
-        return None
-
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         model_output = self.denoiser(
             latents.to(self.denoiser.dtype),
             timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
             timestep_cond=conditioning.get("timestep_cond"),
-            added_cond_kwargs=self.added_conditions(conditioning),
+            added_cond_kwargs={name: conditioning[key] for name, key in self.added_conditions.items()},
             return_dict=False,
         )[0]
         return model_output.float()

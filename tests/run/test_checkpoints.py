@@ -499,7 +499,7 @@ def online(folder, **changes) -> SimpleNamespace:
     [
         ({"learning_rate": 1e-3}, "was trained with --learning_rate 1e-05, this run asks for --learning_rate 0.001"),
         ({"seed": 4}, "resume with --seed 3, or train into another --output_dir"),
-        ({"beta": 9.0}, "--beta 50.0"),
+        ({"beta": 9.0}, "no --beta"),
         ({"reward": ["pickscore", "clip=0.5"]}, "this run asks for --reward pickscore clip=0.5"),
         ({"reward_dtype": "bf16"}, "--reward_dtype"),
         ({"scale_lr": True}, "was trained with no --scale_lr, this run asks for --scale_lr"),
