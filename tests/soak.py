@@ -249,6 +249,9 @@ def fill_disk(program: Program, output_dir: Path, rng: random.Random) -> str:
     run = Run(program, output_dir)
     moment = rng.uniform(0, undisturbed_seconds(program))
     run.wait(moment)
+    if run.poll():
+        shutil.rmtree(output_dir)
+        return fill_disk(program, output_dir, rng)
     for pid in set(run.pids) - run.codes.keys():
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     run.wait()

@@ -234,9 +234,10 @@ def contiguous_part(items: Sequence, num_parts: int, index: int) -> Sequence:
 
 
 def _leave_signals_to_the_parent(worker: int):
-    """A batch system or a terminal signals all processes; the parent finishes its step, and then ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A batch system or a terminal signals all processes; the parent finishes its step, and then ends the workers. It
+    does so by SIGTERM, too, so a worker may not ignore that: it goes on for 15 seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *args: signal.alarm(15))
 
 
 class _PairReader:

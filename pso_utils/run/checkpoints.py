@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 import torch
@@ -260,16 +259,18 @@ class Checkpoints:
         _rotate(checkpoint, self.args.checkpoints_total_limit)
 
     def _write_files(self, folder: Path):
-        lora, state = folder / LORA_WEIGHT_NAME_SAFE, folder / STATE_NAME
-        with ThreadPoolExecutor() as pool:  # a file is hashed and synced at once, the first while the second is written
-            self.family.save_lora(folder)
-            jobs = [pool.submit(_sha256, lora), pool.submit(_sync, lora)]
+        folder.mkdir(parents=True)
+        state, lora = folder / STATE_NAME, folder / LORA_WEIGHT_NAME_SAFE
+        # a file is hashed and synced at the same time, the first, which is the larger one, while the second is written
+        with ThreadPoolExecutor() as pool:
             torch.save(self._states(), state)
-            jobs += [pool.submit(_sha256, state), pool.submit(_sync, state)]
-        lora_hash, _, state_hash, _ = (job.result() for job in jobs)
+            jobs = [pool.submit(_sha256, state), pool.submit(_sync, state)]
+            self.family.save_lora(folder)
+            jobs += [pool.submit(_sha256, lora), pool.submit(_sync, lora)]
+        state_hash, _, lora_hash, _ = (job.result() for job in jobs)
         files = {
             path.name: {"size": path.stat().st_size, "sha256": digest}
-            for path, digest in ((lora, lora_hash), (state, state_hash))
+            for path, digest in ((state, state_hash), (lora, lora_hash))
         }
         # which of two was written later does not depend on the clock
         counter = 1 + max((_counter(path) for path in _checkpoints(self.args.output_dir)), default=0)
@@ -337,8 +338,8 @@ def _sync(path: Path):
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()  # in one call, during which other threads run
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checkpoints(output_dir) -> list[Path]:
