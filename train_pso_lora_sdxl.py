@@ -168,6 +168,8 @@ def set_loss_defaults(args, schedule: Schedule) -> Tensor:
         args.weighting = next((name for name in by_weighting if fits_schedule(schedule, name)), None)
         if args.weighting is None:
             raise UserError(f"--loss {args.loss} has no default --weighting for this schedule: pass one")
+    if args.loss == "diffusion" and schedule.train_alpha is None:
+        raise UserError(f"--loss diffusion: {schedule.scheduler_name} has no training timesteps to draw: pass sigmoid")
     weighting = args.weighting or "x0"
     weights = forward_weights(schedule, weighting)
     defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(weighting, {})
@@ -258,6 +260,7 @@ class Plan(NamedTuple):
 
 def check_arguments(args) -> Plan:
     arguments.check_output_dir(args.output_dir)
+    arguments.check_logging_dir(args)
     arguments.check_packages(args)
     arguments.check_idle_flags(args)
     if args.early_stopping_patience and not args.reward:
@@ -269,6 +272,7 @@ def check_arguments(args) -> Plan:
     info = models.check_model(args)
     lora_targets = models.check_lora(args, info)
     set_loss_defaults(args, models.training_schedule(args, info, stochastic=False))
+    models.check_eta(args, info, is_used=args.weighting == "mdp")
     models.deployment(args, info)
     return Plan(source, reward_specs, info, checkpoint_to_resume(args, info, lora_targets))
 
@@ -530,7 +534,7 @@ def run(args):
         "loss": args.loss,
         **loss_settings,
         **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
-        **models.card_settings(args),
+        **models.card_settings(args, schedule),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

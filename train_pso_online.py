@@ -149,6 +149,7 @@ class Plan(NamedTuple):
 
 def check_arguments(args) -> Plan:
     arguments.check_output_dir(args.output_dir)
+    arguments.check_logging_dir(args)
     arguments.check_packages(args)
     arguments.check_idle_flags(args)
     prompts = load_prompts(
@@ -169,6 +170,7 @@ def check_arguments(args) -> Plan:
     schedule = models.training_schedule(args, info, stochastic=is_transition)
     if not is_transition:
         forward_weights(schedule, args.weighting)
+    models.check_eta(args, info, is_used=is_transition or args.weighting == "mdp")
     stochastic_steps = schedule.num_steps - 1
     models.deployment(args, info)
     if args.train_timesteps is not None and args.train_timesteps > stochastic_steps:
@@ -495,7 +497,7 @@ def run(args):
         "optimizer steps": state.global_step,
         "trained timesteps": schedule.timesteps.tolist(),
         **{name: getattr(args, name) for name in names},
-        **models.card_settings(args),
+        **models.card_settings(args, schedule),
     }
     save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 

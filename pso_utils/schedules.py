@@ -358,6 +358,11 @@ def pipelines_pass_eta(scheduler: SchedulerMixin) -> bool:
     return "eta" in signature(type(scheduler).step).parameters
 
 
+def draws_global_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether the noise of its steps comes from torch's global generator: flow pipelines hand it none of their own."""
+    return type(scheduler) is FlowMatchLCMScheduler or bool(scheduler.config.get("stochastic_sampling"))
+
+
 def _own_config(scheduler: SchedulerMixin, scheduler_class: type[SchedulerMixin]) -> dict:
     """The config values in force, as far as `scheduler_class` takes them. `from_config` would instead drop every value
     that is `scheduler`'s default in favour of the other class's default: a plain LCMScheduler() has other betas than
@@ -516,9 +521,9 @@ def convert_scheduler(
             raise UserError(f"unknown timestep_spacing {timestep_spacing!r}: pass trailing, leading or linspace")
         # LCM and TCD have a timestep_spacing in their config and never read it.
         if "timestep_spacing" not in parameters or "original_inference_steps" in parameters:
-            raise UserError(
-                f"timestep_spacing has no effect on {scheduler_class.__name__}, which takes its timesteps from "
-                "original_inference_steps: drop it, or pass timesteps"
-            )
+            reason = ", which takes its timesteps from original_inference_steps"
+            if "original_inference_steps" not in parameters:
+                reason = ""
+            raise UserError(f"timestep_spacing has no effect on {scheduler_class.__name__}{reason}: drop it")
         config["timestep_spacing"] = timestep_spacing
     return scheduler_class(**config)

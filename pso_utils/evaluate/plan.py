@@ -114,6 +114,10 @@ def make_plan(args: argparse.Namespace) -> Plan:
     arguments.check_packages(args)
     models = find_models(args.lora, args.lora_scale)
     rewards = parse_rewards(args.reward, args.reward_model) if args.reward else []
+    if args.lora_scale != 1.0 and not args.lora:
+        raise UserError("--lora_scale does nothing without --lora: pass that too, or drop it")
+    if args.gradient_checkpointing:
+        raise UserError("--gradient_checkpointing is for training, and the evaluation does none: drop it")
     if args.reward_model and not rewards:
         raise UserError("--reward_model without --reward: pass --reward, too, or drop it")
     prompts, data = read_prompts(args)

@@ -40,6 +40,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
+from pso_utils.keyed_rng import keyed_seed
+from pso_utils.schedules import draws_global_noise
 
 
 logger = logging.getLogger(__name__)
@@ -320,12 +322,17 @@ class Family(ABC):
         self, conditioning: Conditioning, seeds: Sequence[int], *, deployment: Deployment, batch_size: int
     ) -> Tensor:
         """Latents [B, C, h, w] that `generate` draws for B prompts, `batch_size` at a time, image i from a generator on
-        the CPU, seeded by `seeds[i]`."""
-        latents = []
-        for start in range(0, len(seeds), batch_size):
-            batch = slice(start, start + batch_size)
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-            latents.append(self.generate(conditioning.rows(batch), generators, deployment))
+        the CPU, seeded by `seeds[i]`; where the scheduler's own noise is the global generator's, one at a time."""
+        uses_global = draws_global_noise(self.pipeline.scheduler)
+        latents, batch_size = [], 1 if uses_global else batch_size
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=uses_global):
+            for start in range(0, len(seeds), batch_size):
+                batch = slice(start, start + batch_size)
+                if uses_global:
+                    torch.manual_seed(step_noise_seed(seeds[start]))
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
+                latents.append(self.generate(conditioning.rows(batch), generators, deployment))
         return torch.cat(latents)
 
     # ---- Images ----
@@ -432,6 +439,12 @@ class Family(ABC):
         """The matrices of a LoRA in a folder or hub repository, as `pipeline_class` reads them: each name begins with
         that of its part of the pipeline."""
         return cls.pipeline_class.lora_state_dict(location, weight_name=filename, cache_dir=cache_dir)
+
+
+def step_noise_seed(seed: int) -> int:
+    """The global generator's seed for the steps' noise of the image whose first noise has `seed`: another one, or the
+    first step's noise would be the first noise again."""
+    return keyed_seed((seed, 1))
 
 
 def _without_text_encoders(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -150,15 +150,22 @@ def _read_scheduler(source: ModelSource, model_index: dict) -> SchedulerMixin:
 
 
 def _read_vae_config(source: ModelSource, family: type[Family]) -> dict:
+    base_config = read_config(family.vae_class, source.pretrained_model_name_or_path, "vae", **source.files)
     if source.vae is None:
-        return read_config(family.vae_class, source.pretrained_model_name_or_path, "vae", **source.files)
+        return base_config
     check_exists(source.vae, "--pretrained_vae_model_name_or_path")
     if Path(source.vae).exists() and not Path(source.vae, "config.json").is_file():
         raise UserError(
             f"--pretrained_vae_model_name_or_path: {source.vae} has no config.json; pass an "
             f"{family.vae_class.__name__}'s folder"
         )
-    return read_config(family.vae_class, source.vae, cache_dir=source.cache_dir)
+    config, name = read_config(family.vae_class, source.vae, cache_dir=source.cache_dir), family.vae_class.__name__
+    if config.get("_class_name", name) != name or config.get("latent_channels") != base_config.get("latent_channels"):
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path: {source.vae} is a {config.get('_class_name')} of"
+            f" {config.get('latent_channels')} channels; pass an {name} of {base_config.get('latent_channels')}"
+        )
+    return config
 
 
 def _converted(source: ModelSource, family: type[Family], denoiser_config: dict, scheduler: SchedulerMixin):

@@ -186,6 +186,9 @@ def make_accelerator(args) -> Accelerator:
     check_shared_folder(accelerator, args.output_dir)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("pso_utils").setLevel(logging.INFO)
+    if accelerator.is_main_process:
+        processes = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''}"
+        logging.getLogger(__name__).info(f"{processes} on {accelerator.device.type}, mixed precision {precision}")
     on_main_process(accelerator, lambda: at_end.enter_context(locked(args.output_dir)))
     if not accelerator.is_local_main_process:
         for library in (transformers, diffusers):

@@ -246,6 +246,13 @@ def check_output_dir(output_dir: str) -> None:
         raise UserError(f"--output_dir {output_dir}: {folder} may not be written to; pass another folder")
 
 
+def check_logging_dir(args: argparse.Namespace) -> None:
+    """Raises UserError unless --logging_dir is inside --output_dir."""
+    folder = Path(args.output_dir).resolve()
+    if not Path(folder, args.logging_dir).resolve().is_relative_to(folder):
+        raise UserError(f"--logging_dir {args.logging_dir} is not inside --output_dir: pass a folder's name, as logs")
+
+
 def check_packages(args: argparse.Namespace) -> None:
     """Raises UserError where a flag needs a package that is not installed."""
     if args.report_to == "wandb" and getattr(args, "hub_token", None):
@@ -274,9 +281,14 @@ def check_idle_flags(args: argparse.Namespace) -> None:
                 raise UserError(f"--{flag} does nothing without --reward: pass that too, or drop it")
     if args.distillation_lora_scale and not args.distillation_lora:
         raise UserError("--distillation_lora_scale does nothing without --distillation_lora: pass that too, or drop it")
-    if args.hub_model_id and not args.push_to_hub:
-        raise UserError("--hub_model_id does nothing without --push_to_hub: pass that too, or drop it")
+    for flag in ("hub_model_id", "hub_public", "hub_token"):
+        if getattr(args, flag) and not args.push_to_hub:
+            raise UserError(f"--{flag} does nothing without --push_to_hub: pass that too, or drop it")
     if args.validation_timesteps and args.validation_num_inference_steps:
         raise UserError("--validation_timesteps and --validation_num_inference_steps are two schedules: pass one")
+    if args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps > 1:
+        raise UserError(
+            f"--lr_warmup_steps {args.lr_warmup_steps} are all --max_train_steps {args.max_train_steps}: pass fewer"
+        )
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant: pass constant_with_warmup")

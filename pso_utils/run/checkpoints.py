@@ -436,6 +436,9 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
     has_result = Path(args.output_dir, LORA_WEIGHT_NAME_SAFE).is_file()
     finished = finished_length(args.output_dir) if has_result else None
     if args.resume_from_checkpoint is not None and finished is not None and not is_longer(args, finished):
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        if checkpoint is not None:
+            changed_flags(recorded_flags(args), _manifest(checkpoint), checkpoint)
         raise NothingToDo(
             f"the run in {args.output_dir} is finished, after {finished['global_step']} steps: pass a larger"
             " --max_train_steps to go on with it, or another --output_dir for a new one"

@@ -10,8 +10,10 @@ from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData
 
 from pso_utils.families import Deployment, Family
+from pso_utils.families.base import step_noise_seed
 from pso_utils.families.loading import ModelSource
 from pso_utils.run.models import model_source
+from pso_utils.schedules import draws_global_noise
 from pso_utils.sources import split_source
 
 
@@ -105,6 +107,7 @@ def usage_snippet(
         f"pipe.scheduler = {scheduler_code(scheduler)}",
         f"pipe.load_lora_weights({lora!r})",
         "pipe.to(device)",
+        *([f"torch.manual_seed({step_noise_seed(0)})  # of the steps' noise"] if draws_global_noise(scheduler) else []),
         "image = pipe(",
         *(f"    {argument}," for argument in call),
         ").images[0]",

@@ -218,10 +218,24 @@ def add_trained_lora(args: argparse.Namespace, accelerator: Accelerator, family:
     return parameters
 
 
-def card_settings(args: argparse.Namespace) -> dict[str, str]:
-    """What the model card says of a model that is not as its files are."""
-    settings = {} if args.quantize is None else {"quantize": args.quantize}
-    return settings if args.lora_path is None else settings | {"goes on from": Path(args.lora_path).name}
+def card_settings(args: argparse.Namespace, schedule: Schedule) -> dict[str, object]:
+    """What the model card says of how the model was held and sampled while training."""
+    settings = {"mixed precision": mixed_precision(args)}
+    if schedule.eta is not None:
+        settings["eta while training"] = schedule.eta
+    if args.quantize is not None:
+        settings["quantize"] = args.quantize
+    if args.lora_path is not None:
+        settings["goes on from"] = Path(args.lora_path).name
+    return settings
+
+
+def check_eta(args: argparse.Namespace, info: ModelInfo, *, is_used: bool) -> None:
+    """Raises UserError for an --eta that no transition of this run has; `is_used`: whether any is trained or weighs."""
+    if args.eta is not None and not is_used and not pipelines_pass_eta(info.scheduler):
+        raise UserError(
+            "--eta is the noise of trained transitions, and this run has none: drop it, or pass --weighting mdp"
+        )
 
 
 def make_prompt_cache(args: argparse.Namespace, family: Family) -> PromptCache:

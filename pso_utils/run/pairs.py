@@ -91,6 +91,10 @@ def open_source(args: argparse.Namespace) -> Table | Stream:
     Raises:
         UserError: flags that do not go together, or a source that cannot be read.
     """
+    if args.task == "concept" and args.instance_prompt is not None and args.instance_prompt == args.class_prompt:
+        raise UserError(
+            "--instance_prompt and --class_prompt are the same: pass the class without the thing's own word"
+        )
     if args.reference_policy == "current" and args.reference_refresh_steps is None:
         raise UserError(
             "--reference_policy current draws with the LoRA as trained so far, and before training there is none: pass"

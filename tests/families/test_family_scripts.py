@@ -14,6 +14,9 @@ from PIL import Image
 import train_pso_lora_sdxl
 import train_pso_online
 from pso_utils.evaluate import __main__ as evaluate
+from pso_utils.families import Deployment, find_family
+from pso_utils.families.loading import ModelSource, load_pipeline
+from tests.conftest import build_pipeline
 from tests.families.cases import CASES, PROMPTS, find_case
 from tests.script_runs import error_line, metrics, to_flags, weights
 
@@ -118,3 +121,58 @@ def test_a_quantized_base_is_trained_on_and_evaluated(z_image, tmp_path):
     settings = {"lora": f"tuned={tmp_path / 'lora'}", "images_per_prompt": 1, "output_dir": tmp_path / "evaluation"}
     evaluate.main(to_flags(flags | settings))
     assert "quantize: nf4" in json.loads((tmp_path / "evaluation" / "results.json").read_text())["settings"]
+
+
+STOCHASTIC = '{"stochastic_sampling": true}'
+
+
+def test_a_stochastic_deployment_draws_the_same_noise_again(z_image, tmp_path):
+    """Diffusers takes the steps' noise from the global generator: in validation, before and after, and in the card."""
+    flags = z_image.flags | {"prompts": z_image.folder / "prompts.txt", "reward": "jpeg_compressibility"}
+    flags |= {"sample_batches_per_epoch": 1, "report_to": "none", "max_train_steps": 1, "validation_steps": 1}
+    flags |= {"learning_rate": 0.0, "num_validation_images": 2, "scheduler_config": STOCHASTIC}
+    train_pso_online.main(to_flags(flags | {"output_dir": tmp_path}))
+    before, after = (Image.open(tmp_path / "validation" / f"step-00000{n}.png") for n in (0, 1))
+    assert np.array_equal(np.asarray(before), np.asarray(after))
+    source = ModelSource(str(z_image.folder / "pipeline"), scheduler_config=json.loads(STOCHASTIC))
+    pipeline = load_pipeline(source)
+    family = find_family(type(pipeline).__name__, "tiny")(pipeline)
+    deployment = Deployment(z_image.STEPS[0], None, None, *z_image.SIZES[0][:1] * 2)
+    conditioning = family.collate(family.encode_prompts([PROMPTS[0]] * 3), deployment.height, deployment.width)
+    latents = family.draw_latents(conditioning, [0, 1, 0], deployment=deployment, batch_size=3)
+    assert torch.equal(latents[0], latents[2]) and not torch.allclose(latents[0], latents[1], rtol=0.1)
+    (image,) = family.decode_latents(latents[:1])
+    assert np.abs(np.asarray(run_card(tmp_path), int) - np.asarray(image, int)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"eta": 0.5},
+            "--eta is the noise of trained transitions, and this run has none: drop it, or pass --weighting",
+        ),
+        ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere is not inside --output_dir"),
+        ({"hub_public": True}, "--hub_public does nothing without --push_to_hub"),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 9, "max_train_steps": 9}, "--lr_warmup_steps 9 are all"),
+        ({"pretrained_vae_model_name_or_path": "VAE"}, "pass an AutoencoderKL of 16"),
+    ],
+    ids=str,
+)
+def test_what_would_do_nothing_or_does_not_fit_is_refused(z_image, tmp_path, capsys, changes, message):
+    flags = z_image.flags | {"task": "style", "train_data_dir": z_image.folder / "images", "output_dir": tmp_path}
+    if changes.get("pretrained_vae_model_name_or_path"):
+        build_pipeline().vae.save_pretrained(tmp_path / "vae")  # SDXL's, of 4 channels
+        changes = {"pretrained_vae_model_name_or_path": tmp_path / "vae"}
+    with pytest.raises(SystemExit):
+        train_pso_lora_sdxl.main(to_flags(flags | changes))
+    assert message in error_line(capsys.readouterr().err)
+
+
+def test_the_plain_loss_needs_training_timesteps(tmp_path, capsys):
+    case = prepare(find_case("sana_sprint"), tmp_path)
+    flags = case.flags | {"task": "style", "train_data_dir": tmp_path / "images", "loss": "diffusion"}
+    with pytest.raises(SystemExit):
+        train_pso_lora_sdxl.main(to_flags(flags | {"output_dir": tmp_path / "out"}))
+    message = "error: --loss diffusion: SCMScheduler has no training timesteps to draw: pass sigmoid"
+    assert error_line(capsys.readouterr().err) == message
