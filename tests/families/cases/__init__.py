@@ -20,7 +20,7 @@ import torch
 
 
 CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "qwen_image", "krea2", "sd15", "sd21", "lcm", "sdxl",
-         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image"]  # fmt: skip
+         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image", "auraflow"]  # fmt: skip
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
