@@ -4,7 +4,7 @@ import torch
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tests.families.cases import draw_weights
+from tests.families.cases import draw_weights, scale_weights
 from tests.families.cases.tokenizers import build_t5_tokenizer
 
 
@@ -42,9 +42,7 @@ def build() -> AuraFlowPipeline:
         scaling_factor=0.13025,
     )
     draw_weights(transformer, text_encoder, vae)
-    with torch.no_grad():  # else a few words among 256 tokens, and the LoRA, would be next to nothing
-        for parameter in transformer.parameters():
-            parameter *= 3
+    scale_weights(transformer, 3)  # else a few words among 256 tokens, and the LoRA, would be next to nothing
     return AuraFlowPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
