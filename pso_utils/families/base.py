@@ -23,8 +23,8 @@ and, where the pipeline differs: `_prompt_limit` (where prompts are cut off), `s
 they depend on the model's size), `check_size` (`most_patches` in flow.py).
 
 Beware of the double shift: where a pipeline passes no sigmas, FlowMatchEulerDiscreteScheduler makes them from its own,
-which its `shift` has shifted, and shifts them again; the last step then starts from next to no noise. `passes_sigmas`
-in flow.py passes them in training, call and model card.
+which a static `shift` has shifted, and shifts them again; the last step then starts from next to no noise.
+`passes_sigmas` in flow.py passes them at the call, too, and says so in the model card.
 
 tests/families/cases holds what its tests need: a tiny pipeline with random weights, named in CASES there, on which
 tests/families/test_every_family.py holds the adapter against diffusers itself. Run
@@ -149,7 +149,7 @@ class Family(ABC):
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
     unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
     scheduler_values: ClassVar[dict] = {}  # what the pipeline sets in its scheduler's configuration when it is made
-    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # where the loop breaks with any other
+    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # set only where the loop breaks with others
     guidance_scales: ClassVar[GuidanceScales]
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
     longest_sequence: ClassVar[int] = 512  # above this the pipeline refuses a `max_sequence_length`
@@ -277,7 +277,8 @@ class Family(ABC):
         """`encode_prompts` itself, while the text encoders are on `device`; `prompts` may be overwritten."""
 
     def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
-        """The tokenizer by which prompts are cut off, and how many of its tokens are left of one."""
+        """The tokenizer by which prompts are cut off, and how many of its tokens a prompt has at most, beside those of
+        the pipeline's template."""
         tokenizer = self.pipeline.tokenizer
         return tokenizer, self.max_sequence_length or tokenizer.model_max_length
 
