@@ -23,6 +23,7 @@ FAMILIES: dict[str, str] = {
     "StableDiffusion3Pipeline": "stable_diffusion_3:StableDiffusion3",
     "QwenImagePipeline": "qwen_image:QwenImage",
     "Krea2Pipeline": "krea2:Krea2",
+    "AuraFlowPipeline": "auraflow:AuraFlow",
 }
 
 _FLOW_MAP = "it predicts the average velocity between two times (a flow map), from which no step's density follows"

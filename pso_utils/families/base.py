@@ -4,20 +4,34 @@ What is trained and compared goes through a `Family`: latents are [B, C, h, w] f
 and no script or loss knows what a conditioning holds.
 
 To add a family, write a subclass in a file of its own and name it in `pso_utils.families.FAMILIES`, by the class that
-its pipelines' model_index.json states. It sets the class attributes below and defines
+its pipelines' model_index.json states. Derive it from `FlowFamily` or `PackedFamily` in flow.py or `UNetFamily` in
+unet.py where one fits. Models to follow: stable_diffusion_3.py (all prompts of one length), qwen_image.py (ragged
+ones), flux.py (packed latents). It sets the class attributes below and defines
 
-- `encode_prompts`: what the pipeline's own `encode_prompt` makes of each prompt, one `Conditioning` each. Where prompts
-  are ragged, with a `prompt_mask` of ones: a batch is padded with zeros at the end of the first dimension, the mask
-  too.
+- `_encode`: what the pipeline's own `encode_prompt` makes of each prompt, one `Conditioning` each, in the dtype that it
+  gives. Ragged prompts come with a `prompt_mask` of ones, which `flow.ragged` makes: a batch is padded with zeros at
+  the end of the first dimension, the mask too.
 - `predict`: the model call of the pipeline's denoising loop, with its dtypes and order of operations, from float32
-  latents [B, C, h, w] and timesteps [B] to the output that the scheduler is given, [B, C, h, w].
+  latents [B, C, h, w] and timesteps [B] to the output that the scheduler is given, [B, C, h, w]. The timesteps are the
+  scheduler's own, float32: under flow matching from 1000 to 0, not divided.
 - `pipeline_inputs`: a batch as the pipeline's call takes it, for what is drawn as it is deployed.
+- `size_multiple`, unless the class it derives from has it;
 
-and, where the pipeline differs: `schedule_arguments` (what it passes to `set_timesteps`), `call_arguments`, `collate`,
-`latent_shape` and `unpack` (where the loop's latents are packed), `encode_images` and `decode_latents` (where the VAE's
-class is not in `families/vae.py`), `default_lora_targets` (where they depend on the model's size). tests/families/cases
-holds what its tests need: a tiny pipeline with random weights, on which tests/families/test_every_family.py holds the
-adapter against diffusers itself.
+and, where the pipeline differs: `_prompt_limit` (where prompts are cut off), `schedule_arguments` (what it passes to
+`set_timesteps`), `call_arguments`, `collate`, `latent_shape` and `unpack` (where the loop's latents are packed),
+`encode_images` and `decode_latents` (where the VAE's class is not in `families/vae.py`), `default_lora_targets` (where
+they depend on the model's size), `check_size` (`most_patches` in flow.py).
+
+Beware of the double shift: where a pipeline passes no sigmas, FlowMatchEulerDiscreteScheduler makes them from its own,
+which a static `shift` has shifted, and shifts them again; the last step then starts from next to no noise.
+`passes_sigmas` in flow.py passes them at the call, too, and says so in the model card.
+
+tests/families/cases holds what its tests need: a tiny pipeline with random weights, named in CASES there, on which
+tests/families/test_every_family.py holds the adapter against diffusers itself. Run
+
+    pytest tests/families/test_every_family.py tests/families/test_family_scripts.py -k NAME
+
+and add the checkpoint to the README's table "Which models".
 """
 
 import inspect
@@ -96,7 +110,7 @@ class Deployment(NamedTuple):
 class GuidanceScales(NamedTuple):
     """What a pipeline's `guidance_scale` means."""
 
-    off: float  # what it is called with unless told otherwise, without classifier-free guidance
+    off: float  # without classifier-free guidance: a value up to `most`, the one that the models' cards use
     most: float  # above this it is classifier-free guidance
     embedded: float | None = None  # the default of models that take the scale as an input
 
@@ -137,16 +151,18 @@ class Family(ABC):
     text_encoder_classes: ClassVar[dict[str, tuple[type, type]]]  # part -> its class and its configuration's
     unused_parts: ClassVar[tuple[str, ...]] = ()  # of the pipeline, left out: they have no part in drawing latents
     scheduler_values: ClassVar[dict] = {}  # what the pipeline sets in its scheduler's configuration when it is made
-    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # the one class that the pipeline runs; None: several
+    only_scheduler: ClassVar[type[SchedulerMixin] | None] = None  # set only where the loop breaks with others
     guidance_scales: ClassVar[GuidanceScales]
     max_sequence_length: ClassVar[int | None] = None  # tokens of a prompt, as deployed; None: not a setting
-    longest_sequence: ClassVar[int] = 512  # what `max_sequence_length` may be at most
-    card_tags: ClassVar[list[str]]  # of the hub, in the model card
+    longest_sequence: ClassVar[int] = 512  # above this the pipeline refuses a `max_sequence_length`
+    card_tags: ClassVar[list[str]]  # the hub's names of the family, as other LoRA of it have them; for the model card
     card_dtype: ClassVar[str] = "bfloat16"  # of the model card's code, on a GPU
-    card_note: ClassVar[str | None] = None  # what the model card says of its code
-    lora_targets: ClassVar[list[str]]  # where the LoRA goes unless told otherwise; see `default_lora_targets`
-    conditioning_keys: ClassVar[tuple[str, ...]]  # what a denoiser's configuration must share with the one it replaces
-    upcasts_vae: ClassVar[bool] = False  # whether the pipeline heeds its VAE's `force_upcast`
+    # Ends of the names of the denoiser's modules that get LoRA unless told otherwise; see `default_lora_targets`.
+    lora_targets: ClassVar[list[str]]
+    # A denoiser that --distilled_unet or --distilled_transformer puts in place of the pipeline's must have the same
+    # values of these in its configuration: sizes that latents and embeddings depend on.
+    conditioning_keys: ClassVar[tuple[str, ...]]
+    upcasts_vae: ClassVar[bool] = False  # whether the pipeline decodes in float32 where its VAE says `force_upcast`
     has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
     batch_norm_eps: ClassVar[float | None] = None  # of AutoencoderKLFlux2's latents; None: its configuration's
 
@@ -219,7 +235,7 @@ class Family(ABC):
         return None
 
     @classmethod
-    def check_size(cls, vae_config: dict, height: int, width: int) -> None:
+    def check_size(cls, vae_config: dict, denoiser_config: dict, *, height: int, width: int) -> None:
         """Raises UserError unless images can have this size, in pixels."""
         multiple = cls.size_multiple(vae_config)
         for side in (height, width):
@@ -251,14 +267,28 @@ class Family(ABC):
 
     # ---- Conditioning and the model ----
 
-    @abstractmethod
+    @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
         """What the pipeline makes of each prompt, on `device`, without a batch dimension."""
+        self._warn_of_long_prompts(prompts)
+        with self._use(*self.text_encoders, offload=self.offload_text_encoders), quiet_libraries():
+            return self._encode(list(prompts))
 
-    def warn_of_long_prompts(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        """`encode_prompts` itself, while the text encoders are on `device`; `prompts` may be overwritten."""
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        """The tokenizer by which prompts are cut off, and how many of its tokens a prompt has at most, beside those of
+        the pipeline's template."""
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer, self.max_sequence_length or tokenizer.model_max_length
+
+    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
         """Once: diffusers would warn of every prompt and text encoder, with all that was cut off."""
         if self._warned_of_long_prompts:
             return
+        tokenizer, limit = self._prompt_limit()
         for prompt, tokens in zip(prompts, tokenizer(list(prompts), verbose=False)["input_ids"]):
             if len(tokens) > limit:
                 self._warned_of_long_prompts = True
@@ -306,6 +336,11 @@ class Family(ABC):
         if self.max_sequence_length is not None:
             arguments["max_sequence_length"] = self.max_sequence_length
         return arguments | {"height": deployment.height, "width": deployment.width}
+
+    @property
+    def card_note(self) -> str | None:
+        """What the model card says of the code of its call."""
+        return None
 
     def unpack(self, latents: Tensor, deployment: Deployment) -> Tensor:
         """Latents [B, C, h, w] of what the pipeline gives for `output_type="latent"`."""

@@ -1,7 +1,5 @@
 """ERNIE-Image-Turbo."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel, SchedulerMixin
 from torch import Tensor
@@ -31,11 +29,8 @@ class ErnieImage(FlowFamily):
     ) -> dict:
         return {"sigmas": torch.linspace(1.0, 0.0, num_inference_steps + 1)[:-1].tolist()}  # and no mu
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            prompt_embeds = self.pipeline.encode_prompt(list(prompts), self.device)
-        return [ragged(row) for row in prompt_embeds]
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        return [ragged(row) for row in self.pipeline.encode_prompt(prompts, self.device)]
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.denoiser.dtype

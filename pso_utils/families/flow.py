@@ -8,7 +8,9 @@ from diffusers import SchedulerMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from transformers import PreTrainedTokenizerBase
 
+from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, Deployment, Family
 
 
@@ -18,12 +20,26 @@ class FlowFamily(Family):
 
     denoiser_name = "transformer"
     latents_per_patch: ClassVar[int] = 2  # along a side
+    passes_sigmas: ClassVar[bool] = False  # to the call, too, because the pipeline itself leaves them to its scheduler
 
     @classmethod
     def size_multiple(cls, vae_config: dict) -> int:
         # AutoencoderKLQwenImage lists its downsamplings; AutoencoderKL has one after each block but the last
         downsamplings = vae_config.get("temperal_downsample") or vae_config["block_out_channels"][1:]
         return cls.latents_per_patch * 2 ** len(downsamplings)
+
+    @classmethod
+    def most_patches(cls, denoiser_config: dict) -> int | None:
+        """Along a side, for which the model has learned positions; None: it computes them."""
+        return None
+
+    @classmethod
+    def check_size(cls, vae_config: dict, denoiser_config: dict, *, height: int, width: int) -> None:
+        super().check_size(vae_config, denoiser_config, height=height, width=width)
+        side, most_patches = max(height, width), cls.most_patches(denoiser_config)
+        if most_patches is not None and side > most_patches * cls.size_multiple(vae_config):
+            longest = most_patches * cls.size_multiple(vae_config)
+            raise UserError(f"--resolution {side}: the model has no positions beyond {longest}: pass that or less")
 
     @classmethod
     def sigmas(cls, num_inference_steps: int) -> list[float]:
@@ -45,8 +61,23 @@ class FlowFamily(Family):
         mu = cls.shift(scheduler, num_inference_steps, num_patches=num_patches)
         return {"sigmas": cls.sigmas(num_inference_steps), "mu": mu}
 
+    def call_arguments(self, deployment: Deployment) -> dict:
+        arguments = super().call_arguments(deployment)
+        if self.passes_sigmas:  # else the scheduler would make them from its own, shifted ones, and shift them again
+            arguments["sigmas"] = self.sigmas(deployment.num_inference_steps)
+        return arguments
 
-# ---- Prompts of unlike length ----
+    @property
+    def card_note(self) -> str | None:
+        if not self.passes_sigmas:
+            return None
+        return (
+            "The `sigmas` are what this LoRA was trained on, and not diffusers' default, which shifts them twice, so "
+            "that the last step starts from next to no noise."
+        )
+
+
+# ---- Prompts ----
 
 
 def ragged(prompt_embeds: Tensor) -> Conditioning:
@@ -67,6 +98,13 @@ def without_padding(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
     lengths = mask.sum(dim=1).tolist()
     longest = max(lengths)
     return prompt_embeds[:, :longest], mask[:, :longest] if min(lengths) < longest else None
+
+
+def chat_length(tokenizer: PreTrainedTokenizerBase, **settings) -> int:
+    """Tokens that its chat template adds to a prompt."""
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True, **settings)
+    return len(tokenizer(text)["input_ids"])
 
 
 # ---- Packed latents ----

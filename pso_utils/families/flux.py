@@ -1,14 +1,12 @@
 """FLUX.1: schnell, and dev with a distillation LoRA (Hyper-SD, Turbo)."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from pso_utils.families.base import Conditioning, GuidanceScales, quiet_libraries
+from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import PackedFamily, grid_positions, pack, unpack
 
 
@@ -38,16 +36,16 @@ class Flux(PackedFamily):
     def embeds_guidance(cls, denoiser_config: dict) -> bool:
         return denoiser_config["guidance_embeds"]
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        # CLIP's tokenizer cuts at 77, but its part is the pooled embedding alone
-        self.warn_of_long_prompts(prompts, self.pipeline.tokenizer_2, self.max_sequence_length)
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders), quiet_libraries():
-            prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-                list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
         rows = zip(prompt_embeds, pooled_prompt_embeds)
         return [Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled) for embeds, pooled in rows]
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        # CLIP's tokenizer cuts at 77, but its part is the pooled embedding alone
+        return self.pipeline.tokenizer_2, self.max_sequence_length
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         (height, width), dtype, device = latents.shape[2:], self.denoiser.dtype, latents.device

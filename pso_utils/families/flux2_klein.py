@@ -1,17 +1,15 @@
 """FLUX.2-klein, the distilled 4B and 9B."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, SchedulerMixin
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
-from pso_utils.families.flow import FlowFamily, from_sequence, grid_positions, to_sequence
+from pso_utils.families.flow import FlowFamily, chat_length, from_sequence, grid_positions, to_sequence
 
 
 class Flux2Klein(FlowFamily):
@@ -49,13 +47,15 @@ class Flux2Klein(FlowFamily):
     def shift(cls, scheduler: SchedulerMixin, num_inference_steps: int, *, num_patches: int) -> float:
         return compute_empirical_mu(num_patches, num_inference_steps)
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            prompt_embeds, _ = self.pipeline.encode_prompt(
-                list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
         return [Conditioning(prompt_embeds=row) for row in prompt_embeds]
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer, self.max_sequence_length - chat_length(tokenizer, enable_thinking=False)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         (height, width), dtype, device = latents.shape[2:], self.denoiser.dtype, latents.device

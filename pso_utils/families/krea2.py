@@ -1,11 +1,8 @@
 """Krea-2-Turbo."""
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import AutoencoderKLQwenImage, Krea2Pipeline, Krea2Transformer2DModel, SchedulerMixin
 from torch import Tensor
-from transformers import Qwen3VLConfig, Qwen3VLModel
+from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, GuidanceScales
@@ -51,15 +48,18 @@ class Krea2(PackedFamily):
     def shift(cls, scheduler: SchedulerMixin, num_inference_steps: int, *, num_patches: int) -> float:
         return 1.15  # of the distilled model, at every size
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            prompt_embeds, mask = self.pipeline.encode_prompt(
-                list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, mask = self.pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.max_sequence_length
+        )
         # The pipeline pads in the middle. What pads is masked everywhere, and all tokens of the text have the same
         # position in the model, so what is left is the same prompt in a tenth of the memory.
         return [ragged(row[valid]) for row, valid in zip(prompt_embeds, mask)]
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        # the template's end is within the maximum, its beginning is not
+        suffix = self.pipeline.prompt_template_encode_num_suffix_tokens
+        return self.pipeline.tokenizer, self.max_sequence_length - suffix
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         prompt_embeds, prompt_mask = without_padding(conditioning)

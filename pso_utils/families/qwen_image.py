@@ -5,9 +5,6 @@ at every size. Qwen's scheduler configuration has 1, 0.82, 0.53, 0.02 at 1024 px
 --scheduler_config '{"base_shift": 1.0986122886681098, "max_shift": 1.0986122886681098, "shift_terminal": null}'
 """
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -28,15 +25,13 @@ class QwenImage(PackedFamily):
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = ("in_channels", "joint_attention_dim")
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
         conditionings = []
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            for prompt in prompts:  # one at a time: the last bits of this encoder's output depend on its batch
-                (prompt_embeds,), _ = self.pipeline.encode_prompt(
-                    prompt, device=self.device, max_sequence_length=self.max_sequence_length
-                )
-                conditionings.append(ragged(prompt_embeds))
+        for prompt in prompts:  # one at a time: the last bits of this encoder's output depend on its batch
+            (prompt_embeds,), _ = self.pipeline.encode_prompt(
+                prompt, device=self.device, max_sequence_length=self.max_sequence_length
+            )
+            conditionings.append(ragged(prompt_embeds))
         return conditionings
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -1,7 +1,6 @@
 """SANA-Sprint: trigflow, trained on the sampler that is deployed (SCMScheduler)."""
 
 import math
-from collections.abc import Sequence
 from inspect import signature
 
 import torch
@@ -57,15 +56,13 @@ class SanaSprint(Family):
             "intermediate_timesteps": cls._intermediate_timesteps(num_inference_steps),
         }
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            prompt_embeds, prompt_attention_mask = self.pipeline.encode_prompt(
-                list(prompts),
-                device=self.device,
-                max_sequence_length=self.max_sequence_length,
-                complex_human_instruction=DEFAULTS["complex_human_instruction"],
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, prompt_attention_mask = self.pipeline.encode_prompt(
+            prompts,
+            device=self.device,
+            max_sequence_length=self.max_sequence_length,
+            complex_human_instruction=DEFAULTS["complex_human_instruction"],
+        )
         return [
             Conditioning(prompt_embeds=embeds, prompt_attention_mask=mask)
             for embeds, mask in zip(prompt_embeds, prompt_attention_mask)

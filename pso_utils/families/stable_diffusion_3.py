@@ -1,13 +1,10 @@
 """Stable Diffusion 3.5: large-turbo and medium-turbo, without classifier-free guidance."""
 
-from collections.abc import Sequence
-
-import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerBase, T5Config, T5EncoderModel
 
-from pso_utils.families.base import Conditioning, Deployment, GuidanceScales, quiet_libraries
+from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily
 
 
@@ -24,33 +21,33 @@ class StableDiffusion3(FlowFamily):
     guidance_scales = GuidanceScales(off=0.0, most=1.0)
     max_sequence_length = 256
     card_tags = ["sd3", "sd3-diffusers"]
-    card_note = (
-        "The `sigmas` are what this LoRA was trained on, and not diffusers' default, which shifts them twice, so that "
-        "the last step starts from next to no noise."
-    )
     lora_targets = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     ]
     conditioning_keys = ("in_channels", "out_channels", "joint_attention_dim", "pooled_projection_dim")
+    passes_sigmas = True
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        if self.pipeline.text_encoder_3 is None:
-            self.warn_of_long_prompts(prompts, self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)
-        else:
-            self.warn_of_long_prompts(prompts, self.pipeline.tokenizer_3, self.max_sequence_length)
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders), quiet_libraries():
-            prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
-                list(prompts),
-                prompt_2=None,
-                prompt_3=None,
-                device=self.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
+    @classmethod
+    def most_patches(cls, denoiser_config: dict) -> int:
+        return denoiser_config["pos_embed_max_size"]
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, _, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
         rows = zip(prompt_embeds, pooled_prompt_embeds)
         return [Conditioning(prompt_embeds=embeds, pooled_prompt_embeds=pooled) for embeds, pooled in rows]
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        if self.pipeline.text_encoder_3 is None:
+            return self.pipeline.tokenizer, self.pipeline.tokenizer_max_length
+        return self.pipeline.tokenizer_3, self.max_sequence_length
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         model_output = self.denoiser(
@@ -64,7 +61,3 @@ class StableDiffusion3(FlowFamily):
 
     def pipeline_inputs(self, conditioning: Conditioning) -> dict:
         return dict(conditioning)
-
-    def call_arguments(self, deployment: Deployment) -> dict:
-        # without sigmas, the scheduler would make them from its own shifted ones, and shift them again
-        return super().call_arguments(deployment) | {"sigmas": self.sigmas(deployment.num_inference_steps)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from pso_utils.errors import UserError
-from pso_utils.families.base import Conditioning, Family, GuidanceScales, quiet_libraries
+from pso_utils.families.base import Conditioning, Family, GuidanceScales
 
 
 class UNetFamily(Family):
@@ -52,13 +52,10 @@ class UNetFamily(Family):
         # a guidance embedding is the mark of LCM's own models, which were distilled on the 50-step grid
         return 50 if cls.embeds_guidance(denoiser_config) else None
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        self.warn_of_long_prompts(prompts, self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders), quiet_libraries():
-            embeds = self.pipeline.encode_prompt(
-                list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        embeds = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         own = [tensor.to(self.device) for tensor in embeds[::2]]  # each is followed by the negative prompts'
         return [Conditioning(zip(self.prompt_inputs, row)) for row in zip(*own)]
 

@@ -1,14 +1,12 @@
 """Z-Image-Turbo."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from pso_utils.families.base import Conditioning, GuidanceScales
-from pso_utils.families.flow import FlowFamily, ragged, unpadded_rows
+from pso_utils.families.flow import FlowFamily, chat_length, ragged, unpadded_rows
 
 
 class ZImage(FlowFamily):
@@ -25,16 +23,18 @@ class ZImage(FlowFamily):
     def sigmas(cls, num_inference_steps: int) -> list[float]:
         return torch.linspace(1.0, 1 / num_inference_steps, num_inference_steps).tolist()
 
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
-        with self._use(*self.text_encoders, offload=self.offload_text_encoders):
-            prompt_embeds, _ = self.pipeline.encode_prompt(
-                list(prompts),  # which is overwritten
-                device=self.device,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        prompt_embeds, _ = self.pipeline.encode_prompt(
+            prompts,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
         return [ragged(row) for row in prompt_embeds]
+
+    def _prompt_limit(self) -> tuple[PreTrainedTokenizerBase, int]:
+        tokenizer = self.pipeline.tokenizer
+        return tokenizer, self.max_sequence_length - chat_length(tokenizer, enable_thinking=True)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         # one frame [C, 1, h, w] each; the model's time runs from 0 to 1, and its output is x0 - eps

@@ -71,7 +71,7 @@ def check_model(args: argparse.Namespace) -> ModelInfo:
     """
     info = read_model_info(model_source(args))
     _check_family_flags(args, info.family)
-    info.family.check_size(info.vae_config, args.resolution, args.resolution)
+    info.family.check_size(info.vae_config, info.denoiser_config, height=args.resolution, width=args.resolution)
     info.family.checked_guidance(info.denoiser_config, args.guidance_scale)
     return info
 

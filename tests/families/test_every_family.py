@@ -7,10 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from pso_utils.errors import UserError
 from pso_utils.families import FAMILIES, Conditioning, Deployment
-from pso_utils.families.loading import ModelSource, load_pipeline, read_model_info
+from pso_utils.families.flow import FlowFamily
+from pso_utils.families.loading import ModelSource, empty_parts, load_pipeline, read_model_info
 from pso_utils.mdp import sample_trajectory
 from pso_utils.schedules import make_schedule
 from tests.families.cases import CASES, PROMPTS, find_case
@@ -18,6 +20,7 @@ from tests.families.family_inputs import generators, randomize_lora
 
 
 TOLERANCE = 1e-5  # relative to the largest value
+VISIBLE = 0.01  # likewise, of what must move the model's output
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -29,6 +32,7 @@ def case(request, tmp_path_factory):
     case.source = ModelSource(str(case.folder), scheduler_config=case.SCHEDULER_CONFIG)
     case.info = read_model_info(case.source)
     case.loaded = load_pipeline(case.source)
+    case.plain = load_plain(case)
     return case
 
 
@@ -43,17 +47,24 @@ def schedule_of(case, steps: int, height: int, width: int, **settings):
     return make_schedule(case.info.scheduler, steps, **settings, **arguments)
 
 
-def plain(case, dtype: torch.dtype = torch.float32, **config):
-    """What diffusers alone makes of the folder; `config` replaces values of its scheduler's."""
+def load_plain(case, dtype: torch.dtype = torch.float32):
+    """What diffusers alone makes of the folder."""
     pipeline = case.info.family.pipeline_class.from_pretrained(
         case.folder, dtype=dtype, **dict.fromkeys(case.info.absent_parts)
     )
-    config = {**pipeline.scheduler.config, **case.SCHEDULER_CONFIG, **config}
+    config = {**pipeline.scheduler.config, **case.SCHEDULER_CONFIG}
     pipeline.scheduler = type(pipeline.scheduler).from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
+    return pipeline
+
+
+def plain(case, **config):
+    """A copy of it, as it was loaded; `config` replaces values of its scheduler's."""
+    pipeline = deepcopy(case.plain)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **config)
     return pipeline
 
 
@@ -118,6 +129,61 @@ def assert_close(one: torch.Tensor, other: torch.Tensor, tolerance: float = TOLE
 def runs(case):
     """(steps, height, width): both numbers of steps, both sizes."""
     return [(steps, *size) for steps, size in zip(case.STEPS, case.SIZES)]
+
+
+# ---- The case ----
+
+
+def test_the_case_is_not_trivial(case, family):
+    """Else what follows would not tell a wrong prompt, timestep or LoRA from the right one."""
+    steps, height, width = runs(case)[0]
+    start, end = schedule_of(case, steps, height, width, stochastic=False).at(torch.tensor([0, steps - 1])).timesteps
+    latents = first_noise(family, height, width)[:1]
+
+    def predict(prompt: str, timestep: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return family.predict(latents, timestep[None], conditioning_of(family, height, width, [prompt]))
+
+    output = predict(PROMPTS[0], start)
+    others = {"another prompt": predict(PROMPTS[1], start), "another timestep": predict(PROMPTS[0], end)}
+    family.add_lora(rank=2, seed=0)
+    randomize_lora(family.denoiser)
+    others["a LoRA"] = predict(PROMPTS[0], start)
+    for what, other in others.items():
+        change = float((other - output).abs().max() / output.abs().max())
+        assert change > VISIBLE, f"{what} moves the output by {change:.2%} alone: draw stronger weights in the case"
+
+
+# ---- Prompts ----
+
+
+def test_prompts_are_encoded_without_a_graph(case, family):
+    for encoder in family.text_encoders:
+        encoder.requires_grad_()
+    for conditioning in family.encode_prompts(PROMPTS):
+        assert not any(tensor.requires_grad for tensor in conditioning.values())
+
+
+def test_prompts_that_are_cut_off_are_told_of(case, family, caplog):
+    """At the limit the last word counts, and at twice the limit no more."""
+    tokenizer, limit = family._prompt_limit()
+
+    def prompt(words: int) -> str:
+        return " ".join(["panda"] * words)
+
+    def num_tokens(words: int) -> int:
+        return len(tokenizer(prompt(words))["input_ids"])
+
+    def differ(words: int) -> bool:
+        """Whether the last of so many words counts."""
+        one, other = (row["prompt_embeds"] for row in family.encode_prompts([prompt(words), prompt(words - 1)]))
+        return one.shape != other.shape or not torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    fitting = 10 + (limit - num_tokens(10)) // (num_tokens(11) - num_tokens(10))
+    assert differ(fitting) and not caplog.records
+    assert not differ(2 * limit)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"prompts are cut off after {limit} tokens")
 
 
 # ---- Sampling ----
@@ -186,7 +252,7 @@ def test_in_bfloat16_the_model_is_called_as_the_pipeline_calls_it(case):
     same embeddings where the pipeline's own have other last bits, or other padding."""
     steps, height, width = runs(case)[0]
     family = case.info.family(load_pipeline(case.source, weight_dtype=torch.bfloat16))
-    pipeline, calls = plain(case, torch.bfloat16), []
+    pipeline, calls = load_plain(case, torch.bfloat16), []
     step = pipeline.scheduler.step
 
     def record_step(model_output, timestep, sample, *args, **kwargs):
@@ -332,10 +398,53 @@ def test_the_family_is_found_by_its_pipeline_class(case):
     assert family_class.pipeline_class.__name__ in FAMILIES
     assert family_class.denoiser_name in ("unet", "transformer") and family_class.lora_targets
     assert family_class.conditioning_keys and family_class.text_encoder_classes and family_class.card_tags
+    assert set(family_class.conditioning_keys) <= case.info.denoiser_config.keys()
+
+
+def test_empty_parts_have_the_shapes_of_the_loaded_ones(case):
+    for name, part in empty_parts(case.source, case.info).items():
+        shapes = {key: value.shape for key, value in part.state_dict().items()}
+        assert shapes == {key: value.shape for key, value in getattr(case.loaded, name).state_dict().items()}
+
+
+def test_a_flow_schedule_is_not_shifted_twice(case):
+    if type(case.info.scheduler) is not FlowMatchEulerDiscreteScheduler:
+        pytest.skip("the scheduler has no shift")
+    for steps, height, width in runs(case):
+        schedule = schedule_of(case, steps, height, width, stochastic=False)
+        assert schedule.columns.sigma[-1] > 0.05, "the last step starts from next to no noise: see base.py"
 
 
 def test_sizes_that_the_packing_does_not_divide_are_refused(case):
-    multiple = case.info.family.size_multiple(case.info.vae_config)
-    case.info.family.check_size(case.info.vae_config, multiple, 2 * multiple)
+    family, height, width = case.info.family, *case.SIZES[0]
+    multiple, configs = family.size_multiple(case.info.vae_config), (case.info.vae_config, case.info.denoiser_config)
+    family.check_size(*configs, height=multiple, width=2 * multiple)
     with pytest.raises(UserError, match="is not a multiple of"):
-        case.info.family.check_size(case.info.vae_config, multiple, multiple + 1)
+        family.check_size(*configs, height=multiple, width=multiple + 1)
+    # nor does diffusers draw them: it raises, or rounds
+    height += multiple // 2
+    try:
+        images = draw(case, plain(case), case.STEPS[0], height, width)
+    except ValueError as error:
+        assert "divisible" in str(error)
+    else:
+        assert images.shape[1] % multiple == 0
+
+
+def test_sizes_beyond_learned_positions_are_refused(case, family):
+    most = family.most_patches(case.info.denoiser_config) if isinstance(family, FlowFamily) else None
+    if most is None:
+        pytest.skip("positions are computed")
+    multiple, configs = family.size_multiple(case.info.vae_config), (case.info.vae_config, case.info.denoiser_config)
+    conditioning, longest = conditioning_of(family, 32, 32, PROMPTS[:1]), most * multiple
+
+    def predict(side: int):
+        with torch.no_grad():
+            family.predict(torch.zeros(1, *family.latent_shape(side, side)), torch.tensor([500.0]), conditioning)
+
+    family.check_size(*configs, height=longest, width=longest)
+    predict(longest)
+    with pytest.raises(UserError, match=f"--resolution {longest + multiple}: .* no positions beyond {longest}: pass"):
+        family.check_size(*configs, height=multiple, width=longest + multiple)
+    with pytest.raises((ValueError, IndexError)):
+        predict(longest + multiple)

@@ -70,7 +70,7 @@ def test_to_moves_and_nbytes_counts_all_tensors():
 
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 64), (1024, 1032)])
 def test_sizes_that_the_model_draws(height, width):
-    SDXL.check_size({"block_out_channels": (16, 16, 32)}, height, width)
+    SDXL.check_size({"block_out_channels": (16, 16, 32)}, {}, height=height, width=width)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_sizes_that_the_model_draws(height, width):
     ],
 )
 def test_a_size_that_the_model_cannot_draw_names_the_next_ones(side, num_blocks, remedy):
-    for size in ((side, 32), (32, side)):
+    for height, width in ((side, 32), (32, side)):
         with pytest.raises(UserError, match=f"--resolution {side} is {remedy}"):
-            SDXL.check_size({"block_out_channels": (16,) * num_blocks}, *size)
+            SDXL.check_size({"block_out_channels": (16,) * num_blocks}, {}, height=height, width=width)
 
 
 # ---- Libraries' warnings ----

@@ -74,4 +74,4 @@ def test_a_pipeline_that_was_saved_without_t5_is_loaded_without_it(folder_withou
     monkeypatch.setattr("pso_utils.run.model_card.model_source", lambda args: source)
     card = save_model_card(type("Arguments", (), {"output_dir": tmp_path}), family, DEPLOYMENT, prompt="panda")
     assert "text_encoder_3=None, tokenizer_3=None, dtype" in card.read_text()
-    assert "sigmas=[1.0, 0.75, 0.5, 0.25]," in card.read_text() and StableDiffusion3.card_note in card.read_text()
+    assert "sigmas=[1.0, 0.75, 0.5, 0.25]," in card.read_text() and family.card_note in card.read_text()

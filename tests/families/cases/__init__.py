@@ -3,14 +3,17 @@
 A case is a module of this folder, named in CASES, with
 
 - `build()`: the pipeline, float32, in evaluation mode, with random weights that are not trivial: zero output layers are
-  drawn anew, and shift, scale, means and deviations are not the neutral ones;
+  drawn anew (`draw_weights`), shift, scale, means and deviations are not the neutral ones, and prompts, timesteps and a
+  random LoRA each move the model's output by some percent (else `scale_weights`); tokenizers.py builds tokenizers
+  offline;
 - `CALL`: how the plain pipeline is called at deployment, beside prompts, steps, size and generators;
 
-and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides), `STEPS`, `SIZES`,
-`SCHEDULER_CONFIG` (what replaces the pipeline's own values), `unpack(pipeline, latents, height, width)` (latents of the
-pipeline's loop as [B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what
-the pipeline is called with, if it hands one to its scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the
-trajectory is the plain pipeline's bit for bit).
+and, where it is otherwise than below, `CALL_AT` (a number of steps -> what the call takes besides, for instance
+`{2: {"sigmas": [1.0, 0.5]}, 4: ...}`), `STEPS`, `SIZES` (multiples of the family's `size_multiple`), `SCHEDULER_CONFIG`
+(what replaces the pipeline's own values), `unpack(pipeline, latents, height, width)` (latents of the pipeline's loop as
+[B, C, h, w]), `encode(pipeline, pixels)` (the arithmetic of diffusers' training script), `ETA` (what the pipeline is
+called with, if it hands one to its scheduler), `FLAGS` (of the scripts), `IS_EXACT` (whether the trajectory is the
+plain pipeline's bit for bit).
 """
 
 from importlib import import_module
@@ -20,7 +23,7 @@ import torch
 
 
 CASES = ["z_image", "flux2_klein", "flux_schnell", "flux_dev", "qwen_image", "krea2", "sd15", "sd21", "lcm", "sdxl",
-         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image"]  # fmt: skip
+         "sd3", "sd3_without_t5", "sana_sprint", "ernie_image", "auraflow"]  # fmt: skip
 
 PROMPTS = ["red panda", "a sailboat vehicle beside the cactus plant"]  # of unlike length
 DEFAULTS = {
@@ -53,3 +56,8 @@ def draw_weights(*modules: torch.nn.Module, std: float = 0.05) -> None:
         for parameter in module.parameters():
             if parameter.std(correction=0) == 0:
                 parameter.data += std * torch.randn(parameter.shape)
+
+
+def scale_weights(module: torch.nn.Module, factor: float) -> None:
+    for parameter in module.parameters():
+        parameter.data *= factor

@@ -9,7 +9,7 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.families.cases import draw_weights
+from tests.families.cases import draw_weights, scale_weights
 from tests.families.cases.tokenizers import build_qwen_tokenizer
 
 
@@ -59,6 +59,7 @@ def build() -> Flux2KleinPipeline:
         guidance_embeds=False,
     )
     draw_weights(text_encoder, transformer)
+    scale_weights(transformer, 2)  # else a few words among 512 tokens would be next to nothing
     return Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         vae=build_vae(),
