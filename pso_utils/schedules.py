@@ -521,9 +521,9 @@ def convert_scheduler(
             raise UserError(f"unknown timestep_spacing {timestep_spacing!r}: pass trailing, leading or linspace")
         # LCM and TCD have a timestep_spacing in their config and never read it.
         if "timestep_spacing" not in parameters or "original_inference_steps" in parameters:
-            reason = ", which takes its timesteps from original_inference_steps"
-            if "original_inference_steps" not in parameters:
-                reason = ""
-            raise UserError(f"timestep_spacing has no effect on {scheduler_class.__name__}{reason}: drop it")
+            remedy = ": drop it"
+            if "original_inference_steps" in parameters:
+                remedy = ", which takes its timesteps from original_inference_steps: drop it, or pass timesteps"
+            raise UserError(f"timestep_spacing has no effect on {scheduler_class.__name__}{remedy}")
         config["timestep_spacing"] = timestep_spacing
     return scheduler_class(**config)
