@@ -3,10 +3,15 @@
 import json
 import logging
 import os
+import signal
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process a core is faster than two threads each
+
+# a shell's background jobs ignore these, and what is ignored stays ignored in the programs under test
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -288,7 +288,3 @@ def check_idle_flags(args: argparse.Namespace) -> None:
         raise UserError("--validation_timesteps and --validation_num_inference_steps are two schedules: pass one")
     if args.lr_warmup_steps and args.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant: pass constant_with_warmup")
-    if args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps > 1:
-        raise UserError(
-            f"--lr_warmup_steps {args.lr_warmup_steps} are all --max_train_steps {args.max_train_steps}: pass fewer"
-        )

@@ -154,7 +154,6 @@ def test_a_stochastic_deployment_draws_the_same_noise_again(z_image, tmp_path):
         ),
         ({"logging_dir": "../elsewhere"}, "--logging_dir ../elsewhere is not inside --output_dir"),
         ({"hub_public": True}, "--hub_public does nothing without --push_to_hub"),
-        ({"lr_scheduler": "cosine", "lr_warmup_steps": 9, "max_train_steps": 9}, "--lr_warmup_steps 9 are all"),
         ({"pretrained_vae_model_name_or_path": "VAE"}, "pass an AutoencoderKL of 16"),
     ],
     ids=str,

@@ -248,7 +248,11 @@ def test_latent_shape_is_the_pipelines(family):
 
 def test_parts_that_do_not_belong_together_are_one_clear_error(tiny_pipeline_dir, tmp_path):
     AutoencoderKL.from_config({"latent_channels": 16, "norm_num_groups": 8}).save_pretrained(tmp_path)
-    pipeline = load_pipeline(ModelSource(tiny_pipeline_dir, vae=str(tmp_path)))
+    with pytest.raises(UserError, match="is an? AutoencoderKL of 16 channels; pass an AutoencoderKL of 4") as info:
+        load_pipeline(ModelSource(tiny_pipeline_dir, vae=str(tmp_path)))
+    one_line(info)
+    pipeline = load_pipeline(ModelSource(tiny_pipeline_dir))
+    pipeline.vae = AutoencoderKL.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="UNet takes 4 channels .* VAE makes 16 channels; pass parts that") as info:
         SDXL(pipeline)
     one_line(info)
