@@ -140,7 +140,6 @@ LOSSES = {
         method="plain diffusion loss",
     ),
 }
-LOSS_FLAGS = list(dict.fromkeys(flag for loss in LOSSES.values() for flag in loss.flags))
 
 # What the flags of PSO's loss are unless given, by task and weighting: a task's own weighting comes first, the others
 # are for who asks for them.
@@ -159,10 +158,7 @@ def set_loss_defaults(args, schedule: Schedule) -> Tensor:
         UserError: a flag of another loss, or a weighting that does not fit the schedule or has no defaults here.
     """
     loss = LOSSES[args.loss]
-    for flag in LOSS_FLAGS:
-        if getattr(args, flag) is not None and flag not in loss.flags:
-            owners = " or ".join(name for name, other in LOSSES.items() if flag in other.flags)
-            raise UserError(f"--{flag} goes with --loss {owners}, not {args.loss}: drop it")
+    arguments.refuse_flags_of_others(args, "loss", {name: own.flags for name, own in LOSSES.items()})
     by_weighting = TASK_DEFAULTS[args.task] if loss.defaults is None else loss.defaults
     if "weighting" in loss.flags and args.weighting is None:
         args.weighting = next((name for name in by_weighting if fits_schedule(schedule, name)), None)
@@ -174,11 +170,7 @@ def set_loss_defaults(args, schedule: Schedule) -> Tensor:
     weights = forward_weights(schedule, weighting)
     defaults = {"reference_weight": 1.0, "target_anchor": 0.0} | by_weighting.get(weighting, {})
     defaults["class_anchor"] = CLASS_ANCHOR if args.task == "concept" else 0.0
-    for flag in loss.flags:
-        if getattr(args, flag) is None and flag not in defaults:
-            raise UserError(f"--weighting {weighting} has no default --{flag} for --task {args.task}: pass one")
-        if getattr(args, flag) is None:
-            setattr(args, flag, defaults[flag])
+    arguments.fill_defaults(args, [flag for flag in loss.flags if flag != "weighting"], defaults)
     return weights
 
 
@@ -212,7 +204,7 @@ def defaults_text(flag: str) -> str:
     named = [(f"hinge, {weighting}", values) for weighting, values in LOSSES["hinge"].defaults.items()]
     for task, by_weighting in TASK_DEFAULTS.items():
         named += [(f"{task}, {weighting}", values) for weighting, values in by_weighting.items()]
-    return "; ".join(f"{values[flag]:g} for {name}" for name, values in named if flag in values)
+    return arguments.list_defaults(flag, named)
 
 
 def add_loss_arguments(parser):

@@ -66,33 +66,31 @@ OBJECTIVES = {
 
 def defaults_text(flag: str) -> str:
     """A flag's default under each objective and weighting, for the help."""
-    named = [
-        (" ".join(filter(None, (name, weighting))), values)
-        for name, objective in OBJECTIVES.items()
-        for weighting, values in objective.defaults.items()
-    ]
-    return "; ".join(f"{values[flag]:g} for {name}" for name, values in named if flag in values)
+    return arguments.list_defaults(
+        flag,
+        [
+            (" ".join(filter(None, (name, weighting))), values)
+            for name, objective in OBJECTIVES.items()
+            for weighting, values in objective.defaults.items()
+        ],
+    )
 
 
-def set_objective_defaults(args) -> None:
-    """Fills in the flags of the objective that were not given.
+def set_objective_defaults(args, schedule: Schedule) -> Tensor | None:
+    """Fills in the flags of the objective that were not given; returns the weights [M] of the steps that the denoising
+    objective may draw.
 
     Raises:
-        UserError: a flag of another objective, or a weighting that has no defaults here.
+        UserError: a flag of another objective, or a weighting that does not fit the schedule or has no defaults here.
     """
-    own = OBJECTIVES[args.objective]
-    for name, objective in OBJECTIVES.items():
-        for flag in objective.flags:
-            if getattr(args, flag) is not None and flag not in own.flags:
-                raise UserError(f"--{flag} goes with --objective {name}, not {args.objective}: drop it")
-    if "weighting" in own.flags and args.weighting is None:
-        args.weighting = next(iter(own.defaults))
-    defaults = own.defaults.get(args.weighting or "", {})
-    for flag in ("beta", "clip_range", "target_anchor"):
-        if flag in own.flags and getattr(args, flag) is None:
-            if flag not in defaults:
-                raise UserError(f"--weighting {args.weighting} has no default --{flag}: pass one")
-            setattr(args, flag, defaults[flag])
+    arguments.refuse_flags_of_others(args, "objective", {name: own.flags for name, own in OBJECTIVES.items()})
+    objective, weights = OBJECTIVES[args.objective], None
+    if "weighting" in objective.flags:
+        args.weighting = args.weighting or next(iter(objective.defaults))
+        weights = forward_weights(schedule, args.weighting)
+    with_default = [flag for flag in objective.flags if flag not in ("weighting", "train_timesteps")]
+    arguments.fill_defaults(args, with_default, objective.defaults.get(args.weighting or "", {}))
+    return weights
 
 
 # ---- Flags ----
@@ -165,11 +163,9 @@ def check_arguments(args) -> Plan:
     reward_specs = parse_rewards(args.reward, args.reward_model)
     info = models.check_model(args)
     lora_targets = models.check_lora(args, info)
-    set_objective_defaults(args)
     is_transition = args.objective == "transition"
     schedule = models.training_schedule(args, info, stochastic=is_transition)
-    if not is_transition:
-        forward_weights(schedule, args.weighting)
+    set_objective_defaults(args, schedule)
     models.check_eta(args, info, is_used=is_transition or args.weighting == "mdp")
     stochastic_steps = schedule.num_steps - 1
     models.deployment(args, info)
@@ -308,10 +304,8 @@ def run(args):
     objective, is_transition = OBJECTIVES[args.objective], args.objective == "transition"
     schedule = models.training_schedule(args, info, stochastic=is_transition, device=accelerator.device)
     deployment = models.deployment(args, info)
-    if is_transition:
-        num_trained = args.train_timesteps or schedule.num_steps - 1
-    else:
-        num_trained, weights = 1, forward_weights(schedule, args.weighting)
+    weights = set_objective_defaults(args, schedule)
+    num_trained = (args.train_timesteps or schedule.num_steps - 1) if is_transition else 1
     size = (args.resolution, args.resolution)
     latent_shape = family.latent_shape(*size)
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -163,14 +163,15 @@ def run_killed_and_resumed(script: str, flags: list[str], folder: Path, events: 
     )
 
 
-def two_processes(script: str, flags: list[str]):
+def two_processes(script: str, flags: list[str], *, python_path: Sequence[Path] = ()):
     """Runs a script on two CPU processes, for which accelerate wants to be told of --multi_gpu."""
+    path = os.pathsep.join(map(str, [ROOT, *python_path]))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     subprocess.run(
         [*command, str(ROOT / script), *flags],
         check=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
         timeout=300,
     )
 

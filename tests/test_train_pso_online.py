@@ -1026,7 +1026,7 @@ def test_denoising_ends_with_nothing_but_ties(flags, capsys):
         ({"weighting": "x0"}, "--weighting goes with --objective denoising, not transition: drop it"),
         (DENOISING | {"clip_range": 0.2}, "--clip_range goes with --objective transition, not denoising: drop it"),
         (DENOISING | {"train_timesteps": 1}, "--train_timesteps goes with --objective transition"),
-        (DENOISING | {"weighting": "velocity"}, "--weighting velocity has no default --beta: pass one"),
+        (DENOISING | {"weighting": "velocity"}, "--weighting velocity is for flow matching, and LCMScheduler is none"),
         (
             DENOISING | {"weighting": "mdp", "num_inference_steps": 1},
             "--weighting mdp needs a step before the last: pass --weighting epsilon or x0, or at least 2 steps",
@@ -1038,3 +1038,39 @@ def test_flags_of_another_objective_are_refused(flags, capsys, changes, message)
     with pytest.raises(SystemExit):
         run(flags(**changes))
     assert error_line(capsys.readouterr().err).startswith(f"error: {message}")
+
+
+def test_denoising_goes_on_with_the_deployment_that_drew_its_samples(flags, tmp_path, capsys):
+    changes = DENOISING | {"max_train_steps": 4, "checkpointing_steps": 4, "num_validation_images": 0}
+    folder = run(flags(**changes))
+    changes |= {"max_train_steps": 8, "resume_from_checkpoint": "latest", "output_dir": folder}
+    with pytest.raises(SystemExit):
+        run(flags(**changes, validation_num_inference_steps=2))
+    assert "this run asks for --validation_num_inference_steps 2" in error_line(capsys.readouterr().err)
+
+
+SIGNALLED = """
+import os, signal
+import torch
+from accelerate import PartialState
+
+calls = []
+
+def score(images, prompts):
+    calls.append(1)
+    if len(calls) == 3 and PartialState().process_index == 1:  # the second epoch's; it is read after that's first step
+        os.kill(os.getpid(), signal.SIGTERM)
+    return torch.rand(len(images), generator=torch.Generator().manual_seed(len(calls)))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_writes_the_epochs_start(tiny_pipeline_dir, workspace, tmp_path):
+    """Both have moved on since: what is written is what both had."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "out")
+    values |= {"reward": "signalled:score", "max_train_steps": 8, "num_validation_images": 0}
+    values["checkpointing_steps"] = 100  # none but the signal's
+    with pytest.raises(subprocess.CalledProcessError):
+        two_processes("train_pso_online.py", to_flags(values), python_path=[tmp_path])
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

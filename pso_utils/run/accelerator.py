@@ -26,9 +26,9 @@ WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloa
 REWARD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-# How long a process waits for another one in a collective call. In between there are minutes of work at most: a
-# microbatch, a checkpoint, a batch of rewards.
-PROCESS_TIMEOUT = timedelta(minutes=5)
+# How long a process waits for another one in a collective call: NCCL's own default, also for gloo, whose 30 minutes of
+# silence would help nobody. Encoding to a cache and an evaluation may keep one process busy longer than the others.
+PROCESS_TIMEOUT = timedelta(minutes=10)
 
 at_end = contextlib.ExitStack()  # what is left to do when the running program ends, well or not
 

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pso_utils.errors import UserError
@@ -171,7 +172,8 @@ def add_reward_arguments(group, *, required: bool, purpose: str):
 
 def add_online_reward_arguments(group):
     add_reward_arguments(group, required=True, purpose="What samples are scored by:")
-    group.add_argument("--reward_combination", choices=COMBINATIONS, default="sum", help="sum: by the weighted sum. "
+    group.add_argument("--reward_combination", choices=COMBINATIONS, default="sum", help="sum: by the weighted sum, "
+        "each reward in units of its deviation among a prompt's samples. "
         "pareto: a target is at least as good in all and better in one, else the pair is a tie.")  # fmt: skip
 
 
@@ -271,6 +273,30 @@ def check_packages(args: argparse.Namespace) -> None:
     for package, (flag, is_asked) in needed.items():
         if is_asked and importlib.util.find_spec(package) is None:
             raise UserError(f"{flag} needs {package}: run `pip install {package}`, or drop the flag")
+
+
+def refuse_flags_of_others(args: argparse.Namespace, choice: str, flags: Mapping[str, Sequence[str]]) -> None:
+    """Raises UserError for a flag that belongs to another value of the flag `choice` than the one in force; `flags` are
+    those that each value reads, and are None unless given."""
+    chosen = getattr(args, choice)
+    for flag in dict.fromkeys(flag for own in flags.values() for flag in own):
+        if getattr(args, flag) is not None and flag not in flags[chosen]:
+            owners = " or ".join(value for value, own in flags.items() if flag in own)
+            raise UserError(f"--{flag} goes with --{choice} {owners}, not {chosen}: drop it")
+
+
+def fill_defaults(args: argparse.Namespace, flags: Iterable[str], defaults: Mapping[str, object]) -> None:
+    """Gives those of `flags` that were not given their defaults; raises UserError where one has none."""
+    for flag in flags:
+        if getattr(args, flag) is None and flag not in defaults:
+            raise UserError(f"--weighting {args.weighting} has no default --{flag} here: pass one")
+        if getattr(args, flag) is None:
+            setattr(args, flag, defaults[flag])
+
+
+def list_defaults(flag: str, named: Iterable[tuple[str, Mapping[str, float]]]) -> str:
+    """For the help: a flag's defaults, with the names of what they are for."""
+    return "; ".join(f"{values[flag]:g} for {name}" for name, values in named if flag in values)
 
 
 def check_idle_flags(args: argparse.Namespace) -> None:

@@ -153,7 +153,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self._first_step = 0  # of this process
         self._kept_step: int | None = None
-        self._kept: tuple[list[Tensor], io.BytesIO] | None = None  # LoRA and states at that step; the main process's
+        self._kept: tuple[list[Tensor], io.BytesIO] | None = None  # LoRA and states at that step
         # once, and by the process that writes: it reads what the flags name
         self._recorded = recorded_flags(args) if accelerator.is_main_process else None
 
@@ -190,13 +190,11 @@ class Checkpoints:
             raise UserError("the LoRA is not the same on all processes: run on GPUs of one kind")
 
     def keep(self):
-        """Copies LoRA, optimizer and state to the CPU: what a signal writes from now on. For a loop whose state is
-        complete now, and then not for many steps."""
-        self._kept_step = self.state.global_step
-        if self.accelerator.is_main_process:
-            states = io.BytesIO()
-            torch.save(self._states(), states)
-            self._kept = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()], states
+        """Copies LoRA, optimizer and state to the CPU, on every process, for a checkpoint is of what they agree on:
+        what a signal writes from now on. For a loop whose state is complete now, and then not for many steps."""
+        self._kept_step, states = self.state.global_step, io.BytesIO()
+        torch.save(self._states(), states)
+        self._kept = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters()], states
 
     def stop_if_interrupted(self):
         """Ends the run, with a checkpoint of what was kept or else of now, if a signal has come to any process. All

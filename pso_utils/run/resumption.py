@@ -25,7 +25,7 @@ MAY_DIFFER = frozenset(
     enable_vae_tiling output_kohya_format max_tie_epochs
     """.split()
 )
-# References are drawn by the deployment; elsewhere it is only what is validated.
+# References and the denoising objective's samples are drawn by the deployment; elsewhere it is what is validated.
 DEPLOYMENT = ("validation_num_inference_steps", "validation_timesteps", "validation_eta")
 LENGTH = ("max_train_steps", "num_train_epochs")  # may differ while the learning rate does not depend on it
 CONSTANT_RATES = ("constant", "constant_with_warmup")
@@ -90,7 +90,8 @@ def changed_flags(current: dict, recorded: dict, checkpoint: Path) -> list[str]:
             )
         has_moved = name in PATHS and content is not None and content == content_before
         is_length = name in LENGTH and flags["lr_scheduler"] in CONSTANT_RATES
-        is_shown_only = name in DEPLOYMENT and flags.get("task", "preference") == "preference"
+        draws = flags.get("task", "preference") != "preference" or flags.get("objective") == "denoising"
+        is_shown_only = name in DEPLOYMENT and not draws
         if not (name in MAY_DIFFER or has_moved or is_length or is_shown_only):
             raise UserError(
                 f"{checkpoint} was trained with {_flag(name, before)}, this run asks for {_flag(name, value)}: resume "
