@@ -434,11 +434,8 @@ def _check_timesteps(scheduler: SchedulerMixin, num_steps: int):
     # numpy.arange overshoots: trailing spacing for 61, 103, 121, ... steps has one too many, at -1. Leading spacing
     # with an offset starts at 1000 for 1000 steps. Flow matching's first timestep is 1000, which some values of shift
     # round up. SCM has one timestep more than steps.
-    num_train_timesteps, is_flow = (
-        scheduler.config.num_train_timesteps,
-        "flow" in TABLES[type(scheduler)].prediction_types,
-    )
-    highest = num_train_timesteps + 1e-3 if is_flow else num_train_timesteps - 1
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    highest = num_train_timesteps + 1e-3 if _is_flow(type(scheduler)) else num_train_timesteps - 1
     in_range = all(0 <= timestep <= highest for timestep in timesteps)
     num_timesteps = num_steps + 1 if type(scheduler) is SCMScheduler else num_steps
     if not in_range or not len(set(timesteps)) == len(timesteps) == num_timesteps:
