@@ -305,6 +305,7 @@ def run(args):
     schedule = models.training_schedule(args, info, stochastic=is_transition, device=accelerator.device)
     deployment = models.deployment(args, info)
     weights = set_objective_defaults(args, schedule)
+    objective_settings = {flag: getattr(args, flag) for flag in objective.flags if getattr(args, flag) is not None}
     num_trained = (args.train_timesteps or schedule.num_steps - 1) if is_transition else 1
     size = (args.resolution, args.resolution)
     latent_shape = family.latent_shape(*size)
@@ -344,7 +345,7 @@ def run(args):
     logger.info(
         f"{len(prompts)} prompts; epochs of {epoch_size} prompts x {args.samples_per_prompt} samples and at most"
         f" {epoch_steps} optimizer steps; {args.objective} at timesteps {schedule.timesteps.tolist()}, {num_trained} of"
-        " them for each pair and pass; " + ", ".join(f"{flag} {getattr(args, flag)}" for flag in objective.flags)
+        " them for each pair and pass; " + ", ".join(f"{flag} {value}" for flag, value in objective_settings.items())
     )
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, dynamic_ncols=True)
     updates = bar(total=max_train_steps, initial=state.global_step, desc="updates", unit="step")
@@ -483,13 +484,14 @@ def run(args):
 
     save_lora(args, accelerator, family)
     validate(state)
-    names = ["reward_combination", *objective.flags, "samples_per_prompt", "learning_rate", "rank", "seed"]
+    names = ["reward_combination", "samples_per_prompt", "learning_rate", "rank", "seed"]
     settings = {
         "method": "online PSO",
         "objective": args.objective,
         "reward": ", ".join(args.reward),
         "optimizer steps": state.global_step,
         "trained timesteps": schedule.timesteps.tolist(),
+        **objective_settings,
         **{name: getattr(args, name) for name in names},
         **models.card_settings(args, schedule),
     }
