@@ -1,4 +1,4 @@
-"""A reward of the demo's own: how close an image is to one artist's drawing of its prompt.
+"""Rewards of the demo's own: how close an image is to one artist's drawing of its prompt.
 
 accelerate launch train_pso_online.py --reward demo.rewards:twemoji ...
 """
@@ -22,8 +22,20 @@ def drawings_of(style: str) -> dict[str, torch.Tensor]:
     return described | {"": pixels}
 
 
-def twemoji(images, prompts):
-    """Minus the mean squared error, pixels in [-1, 1], to the closest of Twemoji's drawings of the prompt; [B]."""
-    described = drawings_of("twemoji")
+def likeness(style: str, images, prompts) -> torch.Tensor:
+    """Minus the mean squared error, pixels in [-1, 1], to the closest of the artist's drawings of the prompt; [B]."""
+    described = drawings_of(style)
     errors = [(described[prompt] - pixels_of(image)).square() for image, prompt in zip(images, prompts)]
     return torch.stack([-error.mean(dim=(1, 2, 3)).min() for error in errors])
+
+
+def twemoji(images, prompts):
+    return likeness("twemoji", images, prompts)
+
+
+def fluent(images, prompts):
+    return likeness("fluent", images, prompts)
+
+
+def noto(images, prompts):
+    return likeness("noto", images, prompts)

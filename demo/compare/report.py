@@ -3,6 +3,7 @@
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -19,6 +20,7 @@ from demo.compare.tasks import (
     at_share,
     guarded_share,
     read_untuned,
+    selection,
     settings_with_gap,
     untuned_folder,
 )
@@ -80,8 +82,8 @@ def guarded_table(task: Task, chosen: dict) -> str:
     """Each row's furthest checkpoint within the guards, seed by seed."""
     rows = []
     for name, curves in chosen.items():
-        inside = [[point for point in curve[1:] if task.holds_guards(point)] for curve in curves]
-        best = [max(points, key=lambda point: point["share"]) for points in inside if points]
+        inside = [[point for point in curve[1:] if selection(task, point) > -math.inf] for curve in curves]
+        best = [max(points, key=partial(selection, task)) for points in inside if points]
         values = [spread([point[key] for point in best]) for key in ("share", *task.columns)]
         steps, seconds = (spread([point[key] for point in best], 0) for key in ("step", "seconds"))
         rows.append([name, f"{len(best)} of {len(curves)}", steps, *values, seconds])

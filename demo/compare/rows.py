@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -42,14 +43,13 @@ VIEWS = (
     f"{OFFLINE} --task concept --instance_data_dir {{tasks}}/concept/{CONCEPT} {CONCEPT_PROMPTS} "
     f"--sample_batch_size 20 {EVERY_LAYER}"
 )
-ONLINE = (  # the README's command
-    f"train_pso_online.py {MODEL} {QUIET} --prompts demo/prompts.txt --reward demo.rewards:twemoji --rank 32 "
-    "--samples_per_prompt 8 --sample_batch_size 16 --sample_batches_per_epoch 4 --train_batch_size 64 "
-    "--reward_batch_size 128 --lr_scheduler cosine"
+# A fixed number of samples, 8 of each of 64 prompts an epoch
+ONLINE = (
+    f"train_pso_online.py {MODEL} {QUIET} --rank 32 --samples_per_prompt 8 --sample_batch_size 16 "
+    "--sample_batches_per_epoch 4 --train_batch_size 64 --reward_batch_size 128 --lr_scheduler cosine"
 )
-# as many samples as the transitions' row draws: an epoch, of which each optimizer step has all pairs, is three steps
-DENOISING = f"{ONLINE} --objective denoising --num_inner_epochs 3 --lr_warmup_steps 12"
-ONLINE_STEPS, ONLINE_PROMPTS, SAMPLES_PER_PROMPT = 21, 64, 8  # an epoch, one optimizer step, is of 64 prompts
+LIKENESS = "--prompts demo/prompts.txt --reward demo.rewards:twemoji"
+ONLINE_EPOCHS, ONLINE_PROMPTS, SAMPLES_PER_PROMPT = 21, 64, 8
 SOLUTIONS, SOLUTIONS_BATCH = 1024, 128  # each of a re-distillation's batches is of 2 x 128
 CLASS_SAMPLES = 100
 WARMUP_STEPS, EMA_DECAY = 10, 0.95  # of the re-distilled student, as short as its training
@@ -67,12 +67,13 @@ class Row:
     task: str = "preference"
     prepare: Callable | None = None  # (args, folder): what must be drawn before training, once, by the first seed
     needs: str | None = None  # a row that must be trained before
+    images_per_step: float = 0.0  # samples drawn and scored for an optimizer step
 
 
 def best_of_own_samples(args, folder: Path):
     """The best, by the reward, of each prompt's K samples of the base: as many samples as the online row draws, for
     the same prompts, but all before training. Written as an image folder."""
-    count = ONLINE_PROMPTS * scaled(ONLINE_STEPS, args)
+    count = ONLINE_PROMPTS * scaled(ONLINE_EPOCHS, args)
     prompts = epoch_prompts(load_prompts(str(DEMO / "prompts.txt")), seed=args.seeds[0], epoch=0, count=count)
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     images = draw_prompts(load_model(), repeated, steps=4, seed=args.seeds[0])
@@ -132,27 +133,6 @@ ROWS = [
     Row("hinge", f"PSO as released ({RELEASE})", ("1e-3", "5e-4", "2e-3"), 90, f"{PAIRS} --loss hinge {RELEASE}"),
     Row("ours", "PSO with this project's defaults", ("2e-3", "1e-3", "4e-3"), 90, PAIRS),
     Row(
-        "online",
-        "online PSO by transitions, the likeness as a reward",
-        ("2.7e-3", "1.8e-3", "4e-3"),
-        ONLINE_STEPS,
-        f"{ONLINE} --objective transition --lr_warmup_steps 5",
-    ),
-    Row(
-        "online-denoising",
-        "online PSO by denoising errors, with the same reward and as many samples",
-        ("2e-3", "3e-3", "4e-3"),
-        3 * ONLINE_STEPS,
-        DENOISING,
-    ),
-    Row(
-        "online-denoising-mdp",
-        "the same, weighted by mdp",
-        ("2e-3", "3e-3", "4e-3"),
-        3 * ONLINE_STEPS,
-        f"{DENOISING} --weighting mdp",
-    ),
-    Row(
         "best-of-k",
         "diffusion loss on the best of 8 samples of the base by the same reward, as many samples as online, drawn once",
         DIFFUSION_RATES,
@@ -183,6 +163,56 @@ ROWS = [
     ),
     Row("concept-hinge", f"PSO as released ({RELEASE})", CONCEPT_RATES, 240, HINGE_VIEWS, "concept"),
     Row("concept-ours", "PSO with this project's defaults", ("3e-3", "1e-3", "5e-3"), 240, VIEWS, "concept"),
+]
+
+
+class Form(NamedTuple):
+    """A way of online tuning; an epoch is `steps` optimizer steps, of which each has all the epoch's pairs."""
+
+    about: str
+    learning_rates: tuple[str, ...]
+    steps: int
+    flags: str
+
+
+TRANSITION = "--objective transition --lr_warmup_steps 5"
+DENOISING = "--objective denoising --num_inner_epochs 3 --lr_warmup_steps 12"
+FORMS = {
+    "transition": Form("PSO by transitions, as in the paper", ("2.7e-3", "1.8e-3", "4e-3"), 1, TRANSITION),
+    "x0": Form("PSO by denoising errors, weighted by x0", ("2e-3", "1e-3", "4e-3"), 3, DENOISING),
+    "mdp": Form(
+        "the same, weighted by mdp: all levels but the last",
+        ("2e-3", "1e-3", "4e-3"),
+        3,
+        f"{DENOISING} --weighting mdp",
+    ),
+}
+# What is trained and sampled; the forms that it can be trained by
+ONE_STEP = "--num_inference_steps 1"
+ONLINE_TASKS = {
+    "online": (LIKENESS, ("transition", "x0", "mdp")),
+    "online-one-step": (f"{LIKENESS} {ONE_STEP}", ("x0",)),
+    "online-clip": (
+        "--prompts demo/class_prompts.txt --reward clip --reward_model demo/emoji-clip",
+        ("transition", "x0", "mdp"),
+    ),
+    "online-held-out": (
+        "--prompts demo/prompts.txt --reward demo.rewards:fluent",
+        ("transition", "x0", "mdp"),
+    ),
+}
+ROWS += [
+    Row(
+        f"{task}-{name}",
+        form.about,
+        form.learning_rates,
+        form.steps * ONLINE_EPOCHS,
+        f"{ONLINE} {flags} {form.flags}",
+        task,
+        images_per_step=ONLINE_PROMPTS * SAMPLES_PER_PROMPT / form.steps,
+    )
+    for task, (flags, names) in ONLINE_TASKS.items()
+    for name, form in ((name, FORMS[name]) for name in names)
 ]
 ROWS = {row.name: row for row in ROWS}
 NUM_CHECKPOINTS = 3  # of a run, the last one its result
@@ -301,7 +331,12 @@ def read_curves(args, name: str) -> dict[tuple[str, int], list[dict]]:
     for trained in read_runs(args, name):
         points = [{"measures": untuned["base"], "step": 0, "seconds": trained["before"]}, *trained["points"]]
         curves[trained["learning_rate"], trained["seed"]] = [
-            {"step": point["step"], "seconds": point["seconds"], **TASKS[task].summarize(point["measures"], **untuned)}
+            {
+                "step": point["step"],
+                "seconds": point["seconds"],
+                "images": point["step"] * ROWS[name].images_per_step,
+                **TASKS[task].summarize(point["measures"], **untuned),
+            }
             for point in points
         ]
     return curves

@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -14,12 +14,13 @@ import torch
 import transformers
 
 from demo.concept import ConceptBenchmark
-from demo.measures import KINDS, DrawingBenchmark, draw_prompts, grid, load_model, paired
+from demo.measures import BATCH, KINDS, DrawingBenchmark, draw_prompts, grid, load_model, paired
 from demo.recipe.common import ARTISTS, DEMO, STYLES
 from demo.rewards import twemoji
 from demo.tasks import WINNER
 from pso_utils.evaluate.loras import Model, applied
 from pso_utils.families import Family
+from pso_utils.rewards import load_rewards, parse_rewards
 
 
 CONCEPT = "snake"  # held out from all training
@@ -54,18 +55,22 @@ STEPS = (1, 2, 4)
 SETTINGS = [f"{steps} {kind}" for steps in STEPS for kind in KINDS]
 GOAL = "4 name"  # the share of these samples that are closest to the preferred artist's drawing, or to the ink's
 SEED, PICTURED = 1_000_000, 11  # of the noise, as in demo.evaluate; images of a setting that are kept
+REPORT_SEED, REPORT_TIMES = 2_000_000, 3  # of the noise that is reported where checkpoints are chosen by other noise
+REWARD_MODELS = {"clip": [str(DEMO / "emoji-clip")]}
 drawing_benchmark, concept_benchmark = cache(DrawingBenchmark), cache(ConceptBenchmark)
 
 
-def draw_settings(args, family: Family, styles: tuple[str, ...]) -> Iterator[tuple]:
+def draw_settings(
+    args, family: Family, styles: tuple[str, ...], *, seed: int = SEED, times: int = 1
+) -> Iterator[tuple]:
     """Yields (setting, prompts, images, their figures), drawn for the same prompts from the same noise by every
-    model."""
+    model; of `times` as many images."""
     benchmark = drawing_benchmark(styles)
-    concepts = benchmark.concepts(scaled(args.num_images, args, at_least=12))
+    concepts = benchmark.concepts(times * scaled(args.num_images, args, at_least=12))
     for setting in SETTINGS:
         steps, kind = setting.split()
         prompts = benchmark.prompts(kind, concepts)
-        images = draw_prompts(family, prompts, steps=int(steps), seed=SEED)
+        images = draw_prompts(family, prompts, steps=int(steps), seed=seed)
         yield setting, prompts, images, benchmark.figures(images, kind, concepts)
 
 
@@ -75,6 +80,21 @@ def measure_preference(args, family: Family) -> tuple[dict, list]:
         kept = {key: figures[key] for key in ("distance", "sharpness", "diversity")}
         measures[setting] = {**kept, "share": figures[WINNER], "rewards": twemoji(images, prompts).tolist()}
         pictures.append(images[:PICTURED])
+    return measures, pictures
+
+
+def measure_reward(args, family: Family, *, reward: str, style: str) -> tuple[dict, list]:
+    """Twice: from the noise that checkpoints are chosen by, and from other noise, with more images, as reported."""
+    rewards = load_rewards(parse_rewards([reward], REWARD_MODELS.get(reward)), batch_size=BATCH)
+    measures, pictures = {}, []
+    for purpose, seed, times in (("selection", SEED, 1), ("report", REPORT_SEED, REPORT_TIMES)):
+        measures[purpose] = {}
+        for setting, prompts, images, figures in draw_settings(args, family, ARTISTS, seed=seed, times=times):
+            kept = {key: figures[key] for key in ("distance", "sharpness", "diversity")}
+            scores = rewards(images, prompts)[0].tolist()
+            measures[purpose][setting] = {**kept, "share": figures[style], "rewards": scores}
+            if purpose == "selection":
+                pictures.append(images[:PICTURED])
     return measures, pictures
 
 
@@ -155,6 +175,32 @@ def summarize_preference(measures: dict, base: dict, teacher: dict) -> dict[str,
     point |= {"share": measures[GOAL]["share"], "gain": paired(*rewards)["base_deviations"]}
     point["diversity"] = measures["4 class"]["diversity"] / base["4 class"]["diversity"]
     return point
+
+
+def summarize_reward(measures: dict, base: dict, teacher: dict, *, goal: str, by_gain: bool) -> dict[str, float]:
+    """As reported, with `selection`: the goal by the other noise, if that point holds the guards. The goal is the
+    artist's share of the setting `goal`, or the reward's gain there."""
+    points = {}
+    for purpose, measured in measures.items():
+        own, point = base[purpose], {}
+        for setting in SETTINGS:
+            for figure in ("distance", "sharpness"):
+                point[f"{figure} {setting}"] = measured[setting][figure] / own[setting][figure]
+        rewards = [torch.tensor(values[goal]["rewards"]) for values in (measured, own)]
+        point["gain"] = paired(*rewards)["base_deviations"]
+        point["share"] = point["gain"] if by_gain else measured[goal]["share"]
+        point["diversity"] = measured["4 class"]["diversity"] / own["4 class"]["diversity"]
+        points[purpose] = point
+    chosen_by = points["selection"]
+    held = reward_guards(chosen_by, steps=int(goal.split()[0]))
+    return points["report"] | {"selection": chosen_by["share"] if held else -math.inf}
+
+
+def reward_guards(point: dict, *, steps: int) -> bool:
+    """The samples stay on the drawings, sharp and diverse, at the deployed number of steps and at fewer."""
+    few = [f"{n} {kind}" for n in STEPS if n <= min(steps, 2) for kind in KINDS]
+    kept = all(point[f"distance {setting}"] <= 1.15 and point[f"sharpness {setting}"] >= 0.85 for setting in few)
+    return kept and (steps == 1 or preference_guards(point))
 
 
 def preference_guards(point: dict) -> bool:
@@ -310,6 +356,78 @@ TASKS = {
 }
 
 
+REWARD_GUARDS = (
+    "Guards, for name and class prompts: at 1 and 2 steps distance at most 1.15 times the base's, sharpness at least "
+    "0.85 times; at 4 steps at most 1.1, and 0.9 to 1.1, and diversity of class prompts at least 0.8 times. "
+    f"Checkpoints and rates are chosen on other noise than is reported, which has {REPORT_TIMES} times the images."
+)
+
+
+def reward_task(reward: str, style: str, *, goal: str, share: float, about: str, by_gain: bool = False) -> Task:
+    """Online: `reward` is raised, `style` is the artist whose share is counted."""
+    steps, kind = goal.split()
+    return Task(
+        partial(measure_reward, reward=reward, style=style),
+        partial(summarize_reward, goal=goal, by_gain=by_gain),
+        partial(reward_guards, steps=int(steps)),
+        "gain" if by_gain else "share",
+        share,
+        f"{about} {REWARD_GUARDS}",
+        {
+            "images": "images scored",
+            "gain": "reward gain, SD",
+            f"distance {goal}": f"distance, {goal}",
+            f"sharpness {goal}": f"sharpness, {goal}",
+            "distance 1 name": "distance, 1 name",
+            "distance 1 class": "1 class",
+            "distance 4 class": "4 class",
+            "sharpness 4 class": "sharpness, 4 class",
+            "diversity": "diversity",
+        },
+        {
+            f"distance {goal}": (f"distance, {goal} / base's", 0.5, 1.5),
+            f"sharpness {goal}": (f"sharpness, {goal} / base's", 0.5, 1.5),
+            "diversity": ("diversity / base's", 0.0, 1.5),
+        },
+        {f"online_{style}_{steps}_{kind}": picture_rows(int(steps))},
+    )
+
+
+TASKS |= {
+    "online": reward_task(
+        "demo.rewards:twemoji",
+        "twemoji",
+        goal="4 name",
+        share=0.5,
+        about="Reward: likeness to Twemoji's drawings. Share: Twemoji's of 4-step samples of name prompts.",
+    ),
+    "online-one-step": reward_task(
+        "demo.rewards:twemoji",
+        "twemoji",
+        goal="1 name",
+        share=0.5,
+        about="The same, sampled and trained at one step. Share: of one-step samples. The guards are those at 1 step.",
+    ),
+    "online-clip": reward_task(
+        "clip",
+        "twemoji",
+        goal="4 class",
+        share=0.3,
+        by_gain=True,
+        about="Reward: CLIP's score, trained on class prompts alone. Gain: of 4-step samples of class prompts, in the "
+        "base's standard deviations.",
+    ),
+    "online-held-out": reward_task(
+        "demo.rewards:fluent",
+        "fluent",
+        goal="4 name",
+        share=0.5,
+        about="Reward: likeness to Fluent's drawings, on which nothing was tuned. Share: Fluent's of 4-step samples of "
+        "name prompts.",
+    ),
+}
+
+
 def at_share(curve: list[dict], share: float) -> dict | None:
     """The curve's point where the share is first reached, linear between the points beside it; None if it never is."""
     for before, after in zip(curve, curve[1:]):
@@ -319,9 +437,14 @@ def at_share(curve: list[dict], share: float) -> dict | None:
     return None
 
 
+def selection(task: Task, point: dict) -> float:
+    """What points are chosen by: the share, if the guards hold, where the task has it from noise of its own by that."""
+    return point.get("selection", point["share"] if task.holds_guards(point) else -math.inf)
+
+
 def guarded_share(task: Task, curve: list[dict]) -> float:
     """The highest share among the trained points that hold the guards."""
-    return max((point["share"] for point in curve[1:] if task.holds_guards(point)), default=-math.inf)
+    return max((selection(task, point) for point in curve[1:]), default=-math.inf)
 
 
 def choose(task: Task, curves: dict[str, list[dict]]) -> str:
