@@ -57,8 +57,13 @@ def locked(folder) -> Iterator[None]:
 
 
 def _create(path: Path, owner: dict):
-    with path.open("x") as file:
-        json.dump(owner, file)
+    file = path.open("x")
+    try:
+        with file:
+            json.dump(owner, file)
+    except BaseException:  # a full disk above all: an empty lock, nobody's, would keep runs out until it is stale
+        path.unlink()
+        raise
 
 
 def _read(path: Path) -> dict:

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import time
 
 import pytest
@@ -58,6 +60,19 @@ def test_a_stale_lock_is_named_and_taken_over(tmp_path, other_process, caplog):
             assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
         assert f"of process {owner['pid']} on {owner['host']} is stale" in caplog.text
         assert not (tmp_path / "run.lock").exists()
+
+
+def test_a_disk_that_is_full_leaves_no_lock_of_nobodys(tmp_path):
+    def fill_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with pytest.raises(OSError), locked(tmp_path):
+            pass
+
+    process = multiprocessing.get_context("fork").Process(target=fill_disk)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and not list(tmp_path.iterdir())
 
 
 def test_the_lock_is_touched_while_the_run_goes_on(tmp_path, monkeypatch):
