@@ -45,7 +45,7 @@ VIEWS = (
 )
 # A fixed number of samples, 8 of each of 64 prompts an epoch
 ONLINE = (
-    f"train_pso_online.py {MODEL} {QUIET} --rank 32 --samples_per_prompt 8 --sample_batch_size 16 "
+    f"{MODEL} {QUIET} --rank 32 --samples_per_prompt 8 --sample_batch_size 16 "
     "--sample_batches_per_epoch 4 --train_batch_size 64 --reward_batch_size 128 --lr_scheduler cosine"
 )
 LIKENESS = "--prompts demo/prompts.txt --reward demo.rewards:twemoji"
@@ -68,6 +68,7 @@ class Row:
     prepare: Callable | None = None  # (args, folder): what must be drawn before training, once, by the first seed
     needs: str | None = None  # a row that must be trained before
     images_per_step: float = 0.0  # samples drawn and scored for an optimizer step
+    images_before: int = 0  # and before the first one
 
 
 def best_of_own_samples(args, folder: Path):
@@ -133,14 +134,6 @@ ROWS = [
     Row("hinge", f"PSO as released ({RELEASE})", ("1e-3", "5e-4", "2e-3"), 90, f"{PAIRS} --loss hinge {RELEASE}"),
     Row("ours", "PSO with this project's defaults", ("2e-3", "1e-3", "4e-3"), 90, PAIRS),
     Row(
-        "best-of-k",
-        "diffusion loss on the best of 8 samples of the base by the same reward, as many samples as online, drawn once",
-        DIFFUSION_RATES,
-        120,
-        f"{OFFLINE} --rank 32 --task style --train_data_dir {{prepared}} --loss diffusion",
-        prepare=best_of_own_samples,
-    ),
-    Row(
         "redistilled",
         "diffusion-teacher's LoRA fused into the teacher, to whose solutions the distilled UNet is regressed shortly",
         ("3e-4", "1e-4", "6e-4"),
@@ -163,6 +156,16 @@ ROWS = [
     ),
     Row("concept-hinge", f"PSO as released ({RELEASE})", CONCEPT_RATES, 240, HINGE_VIEWS, "concept"),
     Row("concept-ours", "PSO with this project's defaults", ("3e-3", "1e-3", "5e-3"), 240, VIEWS, "concept"),
+    Row(
+        "online-best-of-k",
+        "diffusion loss on the best of 8 samples of the base by the same reward, as many, all drawn before",
+        DIFFUSION_RATES,
+        120,
+        f"{OFFLINE} --rank 32 --task style --train_data_dir {{prepared}} --loss diffusion",
+        "online",
+        prepare=best_of_own_samples,
+        images_before=ONLINE_EPOCHS * ONLINE_PROMPTS * SAMPLES_PER_PROMPT,
+    ),
 ]
 
 
@@ -173,10 +176,13 @@ class Form(NamedTuple):
     learning_rates: tuple[str, ...]
     steps: int
     flags: str
+    program: str = "train_pso_online.py"
 
 
 TRANSITION = "--objective transition --lr_warmup_steps 5"
 DENOISING = "--objective denoising --num_inner_epochs 3 --lr_warmup_steps 12"
+MDP = f"{DENOISING} --weighting mdp"
+RIVALS = "-m demo.compare.online_rivals"
 FORMS = {
     "transition": Form("PSO by transitions, as in the paper", ("2.7e-3", "1.8e-3", "4e-3"), 1, TRANSITION),
     "x0": Form("PSO by denoising errors, weighted by x0", ("2e-3", "1e-3", "4e-3"), 3, DENOISING),
@@ -184,13 +190,41 @@ FORMS = {
         "the same, weighted by mdp: all levels but the last",
         ("2e-3", "1e-3", "4e-3"),
         3,
-        f"{DENOISING} --weighting mdp",
+        MDP,
+    ),
+    "group": Form(
+        "the same of the two best and the two worst of a prompt in one sigmoid",
+        ("2e-3", "1e-3", "4e-3"),
+        3,
+        f"{MDP} --form group --num_kept 2",
+        RIVALS,
+    ),
+    "pull": Form(
+        "the same of a pair, with a pull to the base's predictions",
+        ("4e-3", "2e-3", "8e-3"),
+        3,
+        f"{MDP} --form group --base_anchor 4",
+        RIVALS,
+    ),
+    "nft": Form(
+        "DiffusionNFT at the distilled levels, of all samples",
+        ("2e-3", "1e-3", "4e-3"),
+        3,
+        f"{MDP} --form nft --beta 1",
+        RIVALS,
+    ),
+    "nft-pull": Form(
+        "the same with a pull to the base's predictions",
+        ("2e-3", "1e-3", "4e-3"),
+        3,
+        f"{MDP} --form nft --beta 1 --base_anchor 0.5",
+        RIVALS,
     ),
 }
 # What is trained and sampled; the forms that it can be trained by
 ONE_STEP = "--num_inference_steps 1"
 ONLINE_TASKS = {
-    "online": (LIKENESS, ("transition", "x0", "mdp")),
+    "online": (LIKENESS, tuple(FORMS)),
     "online-one-step": (f"{LIKENESS} {ONE_STEP}", ("x0",)),
     "online-clip": (
         "--prompts demo/class_prompts.txt --reward clip --reward_model demo/emoji-clip",
@@ -207,7 +241,7 @@ ROWS += [
         form.about,
         form.learning_rates,
         form.steps * ONLINE_EPOCHS,
-        f"{ONLINE} {flags} {form.flags}",
+        f"{form.program} {ONLINE} {flags} {form.flags}",
         task,
         images_per_step=ONLINE_PROMPTS * SAMPLES_PER_PROMPT / form.steps,
     )
@@ -334,7 +368,7 @@ def read_curves(args, name: str) -> dict[tuple[str, int], list[dict]]:
             {
                 "step": point["step"],
                 "seconds": point["seconds"],
-                "images": point["step"] * ROWS[name].images_per_step,
+                "images": ROWS[name].images_before + point["step"] * ROWS[name].images_per_step,
                 **TASKS[task].summarize(point["measures"], **untuned),
             }
             for point in points
