@@ -26,9 +26,10 @@ from pso_utils.families.loading import ModelInfo
 from pso_utils.keyed_rng import keyed_noise, keyed_permutation, keyed_seed, keyed_uniform
 from pso_utils.losses import OFFLINE_METRICS, ONLINE_METRICS, PAIR_SETTINGS, offline_pso_loss, online_pso_loss
 from pso_utils.mdp import WEIGHTINGS, forward_weights, log_prob, sample_trajectory
-from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, select_pairs, within_group_deviation
+from pso_utils.rewards import Rewards, RewardSpec, parse_rewards, score_metrics, select_pairs, within_group_deviation
 from pso_utils.run import arguments, hub, models
-from pso_utils.run.accelerator import make_accelerator, one_line_errors
+from pso_utils.run.accelerator import make_accelerator, on_main_process, one_line_errors
+from pso_utils.run.averaging import Average
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, checkpoint_to_resume
 from pso_utils.run.logs import start_logs
 from pso_utils.run.optimizer import make_optimizer, optimizer_step, reduce_gradients
@@ -132,6 +133,8 @@ def parse_args(argv=None):
     add("--max_tie_epochs", type=positive_int, default=3, help="Stop after so many epochs of nothing but ties.")
     arguments.add_lora_arguments(parser)
     arguments.add_optimizer_arguments(parser)
+    add("--use_ema", action="store_true", help="Validate and save an exponential moving average of the LoRA; the LoRA "
+        "itself goes to not_averaged/ in --output_dir.")  # fmt: skip
     arguments.add_run_arguments(parser, output_dir="pso-online-lora")
     return parser.parse_args(argv)
 
@@ -228,16 +231,6 @@ def score_samples(family: Family, rewards: Rewards, latents: Tensor, prompts: li
     return scores.unflatten(1, latents.shape[:2])
 
 
-def score_metrics(names: list[str], weights: Tensor, scores: Tensor) -> dict[str, float]:
-    """Mean and standard deviation of the weighted reward, and of each if there are several; scores [P, R, K]."""
-    scores = scores.cpu().transpose(0, 1).flatten(1)  # [R, P * K]
-    rows = {"reward": (weights[:, None] * scores).sum(dim=0)}
-    if len(names) > 1:
-        rows |= {f"reward/{name}": row for name, row in zip(names, scores)}
-    means = {f"{name}_mean": row.mean().item() for name, row in rows.items()}
-    return means | {f"{name}_std": row.std().item() for name, row in rows.items()}
-
-
 # ---- Update ----
 
 
@@ -324,6 +317,7 @@ def run(args):
         accelerator, family, state, optimizer, lr_scheduler, args=args, max_train_steps=max_train_steps
     )
     checkpoints.load(checkpoint)
+    average = Average(parameters, state, is_used=args.use_ema)
     is_resumed = checkpoint is not None
     log = start_logs(accelerator, args, "pso_online", state, resumed=is_resumed)
     validate = Validation(
@@ -340,7 +334,8 @@ def run(args):
     if args.cache_prompts:
         embed.encode_all([*prompts, *validate.prompts], accelerator)
     if validate.is_due(state):
-        validate(state)
+        with average.applied():
+            validate(state)
 
     logger.info(
         f"{len(prompts)} prompts; epochs of {epoch_size} prompts x {args.samples_per_prompt} samples and at most"
@@ -388,21 +383,24 @@ def run(args):
                 scores.append(score_samples(family, rewards, trajectories[batch, :, -1], own_prompts[batch]))
         scores = torch.cat(scores, dim=1)  # [R, P, K]
 
-        # Pair two samples of each prompt, unless they tie; the others are not needed any more
-        all_scores = accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))  # [P, R, K], of all
-        deviation = within_group_deviation(all_scores.transpose(0, 1)).cpu()
-        selection = select_pairs(scores, rewards.weights / deviation, args.reward_combination)
-        paired = (~selection.tie).nonzero().flatten().to(accelerator.device)  # which of the prompts have a pair
-        sample_index = torch.stack([selection.target, selection.reference], dim=1).to(accelerator.device)
-        latents = trajectories[paired[:, None], sample_index[paired]]
+        # Pair two samples of each prompt, unless they tie; the others are not needed any more. Every process selects
+        # for the prompts of all and keeps its own.
+        all_scores = accelerator.gather(scores.transpose(0, 1).contiguous().to(accelerator.device))
+        all_scores = all_scores.transpose(0, 1).cpu()
+        selection_weights = rewards.weights / within_group_deviation(all_scores)
+        selection = select_pairs(all_scores, selection_weights, args.reward_combination)
+        num_pairs = (~selection.tie).view(accelerator.num_processes, -1).sum(dim=1).tolist()  # by rank
+        own = slice(first_index, first_index + prompts_per_rank)
+        sample_index = torch.stack([selection.target, selection.reference], dim=1)[own]
+        paired = (~selection.tie[own]).nonzero().flatten()  # which of the own prompts have a pair
+        sample_index, paired = sample_index[paired].to(accelerator.device), paired.to(accelerator.device)
+        pairs = Pairs(trajectories[paired[:, None], sample_index], conditioning.rows(paired))
         del trajectories
-        pairs = Pairs(latents, conditioning.rows(paired))
-        num_pairs = accelerator.gather(torch.tensor([len(paired)], device=accelerator.device)).tolist()  # by rank
         epoch_metrics = {
             "epoch": state.epoch,
             "ties": epoch_size - sum(num_pairs),
             "tie_epochs": state.tie_epochs,
-            **score_metrics(rewards.names, rewards.weights, all_scores),
+            **score_metrics(rewards.names, rewards.weights, all_scores, selection),
             "images_per_second": epoch_size * args.samples_per_prompt / (time.perf_counter() - start_time),
         }
         state.tie_epochs = 0 if sum(num_pairs) else state.tie_epochs + 1
@@ -465,6 +463,7 @@ def run(args):
             metrics |= optimizer_step(
                 accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm
             )
+            average.step()
             state.global_step += 1
             log(state.global_step, metrics | epoch_metrics)  # the epoch's own go with its first optimizer step
             epoch_metrics = {}
@@ -479,11 +478,12 @@ def run(args):
             checkpoints.save()
         is_last = state.epoch >= max_epochs or state.global_step >= max_train_steps
         if validate.is_due(state) and not is_last:
-            validate(state)
+            with average.applied():
+                validate(state)
     updates.close()
 
-    save_lora(args, accelerator, family)
-    validate(state)
+    if args.use_ema:
+        on_main_process(accelerator, lambda: family.save_lora(Path(args.output_dir, "not_averaged")))
     names = ["reward_combination", "samples_per_prompt", "learning_rate", "rank", "seed"]
     settings = {
         "method": "online PSO",
@@ -493,9 +493,13 @@ def run(args):
         "trained timesteps": schedule.timesteps.tolist(),
         **objective_settings,
         **{name: getattr(args, name) for name in names},
+        **({"average": "exponential moving"} if args.use_ema else {}),
         **models.card_settings(args, schedule),
     }
-    save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
+    with average.applied():
+        save_lora(args, accelerator, family)
+        validate(state)
+        save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):

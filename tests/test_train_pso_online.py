@@ -283,8 +283,10 @@ def test_an_inner_epochs_minibatches_have_each_process_s_pairs_once_and_a_common
         assert orders[0] != orders[2]  # each inner epoch has an order of its own
 
 
-def test_saved_lora_in_a_fresh_pipeline_draws_what_training_drew_last(flags, tiny_pipeline_dir):
-    folder = run(flags(num_validation_images=2, validation_prompts=["apple food"], output_kohya_format=True))
+@pytest.mark.parametrize("use_ema", [None, True])
+def test_saved_lora_in_a_fresh_pipeline_draws_what_training_drew_last(flags, tiny_pipeline_dir, use_ema):
+    changes = {"num_validation_images": 2, "validation_prompts": ["apple food"], "output_kohya_format": True}
+    folder = run(flags(**changes, use_ema=use_ema))
     drawn = np.asarray(Image.open(folder / "validation" / "step-000004.png"))[1::3, :]
     drawn = [drawn[:, start : start + 96][:, 1::3] for start in (0, 98)]  # enlarged by 3, a gap of 2 pixels
 
@@ -1006,6 +1008,27 @@ def test_denoising_resumes_to_the_same_bits(flags, tmp_path):
     assert [line for line in metrics(whole) if line["step"] > 4] == [
         line for line in metrics(resumed) if line["step"] > 4
     ]
+
+
+def test_the_result_with_ema_is_the_average_of_the_steps_also_resumed(flags, tmp_path):
+    """By diffusers' rule: average_n = average + (1 - decay_n) (lora_n - average), decay_n = n / (9 + n), n from 0."""
+    changes = {"use_ema": True, "max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 9}
+    # an epoch is one optimizer step, so that there is a checkpoint of each
+    changes |= {"train_batch_size": 16, "sample_batches_per_epoch": 1, "checkpointing_steps": 1}
+    whole = run(flags(output_dir=tmp_path / "whole", **changes))
+    steps = [weights(whole / f"checkpoint-{step}") for step in range(1, 8)] + [weights(whole / "not_averaged")]
+    average = steps[0]
+    for number, lora in enumerate(steps[1:], start=1):
+        decay = (1 + number) / (10 + number)
+        average = {key: decay * average[key] + (1 - decay) * lora[key] for key in lora}
+    result = weights(whole)
+    assert all(torch.allclose(result[key], average[key], rtol=1e-5, atol=1e-8) for key in result)
+    assert any(not torch.equal(result[key], steps[-1][key]) for key in result)
+
+    shutil.copytree(whole / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    resumed = run(flags(output_dir=tmp_path / "resumed", resume_from_checkpoint="latest", **changes))
+    assert_same_weights(whole, resumed)
+    assert_same_weights(whole / "not_averaged", resumed / "not_averaged")
 
 
 @pytest.mark.parametrize("changes", [{"offload": True}, {"mixed_precision": "bf16"}], ids=str)

@@ -14,5 +14,5 @@ A reward in a file of one's own needs no registration: `--reward my_module:my_fu
 
 from pso_utils.rewards import aesthetic, jpeg
 from pso_utils.rewards.clip import CLIPImages, CLIPReward
-from pso_utils.rewards.pairs import COMBINATIONS, PairSelection, select_pairs, within_group_deviation
+from pso_utils.rewards.pairs import COMBINATIONS, PairSelection, score_metrics, select_pairs, within_group_deviation
 from pso_utils.rewards.registry import Reward, Rewards, RewardSpec, load_rewards, parse_rewards, register_reward

@@ -71,3 +71,25 @@ def select_pairs(scores: Tensor, weights: Tensor, combination: str = "sum") -> P
     best = difference.masked_fill(~dominates, -math.inf).flatten(1).argmax(dim=1)
     num_samples = scores.shape[2]
     return PairSelection(best // num_samples, best % num_samples, ~dominates.flatten(1).any(dim=1))
+
+
+def score_metrics(names: list[str], weights: Tensor, scores: Tensor, selection: PairSelection) -> dict[str, float]:
+    """Of the weighted reward, and of each if there are several: the mean, the standard deviation over all samples and
+    within the samples of a prompt, and the gap, by how much the pairs' targets have more than their references.
+
+    Args:
+        weights: [R].
+        scores: [R, P, K].
+        selection: the pairs of all P prompts.
+    """
+    rows = {"reward": torch.einsum("r,rpk->pk", weights, scores)}
+    if len(names) > 1:
+        rows |= {f"reward/{name}": row for name, row in zip(names, scores)}
+    values = {}
+    for name, row in rows.items():
+        target, reference = (row.gather(1, index[:, None]) for index in (selection.target, selection.reference))
+        gaps = (target - reference)[~selection.tie]
+        values |= {f"{name}_mean": row.mean(), f"{name}_std": row.std()}
+        values |= {f"{name}_std_within_prompts": row.var(dim=1).mean().sqrt()}
+        values |= {f"{name}_gap": gaps.mean()} if len(gaps) else {}
+    return {name: value.item() for name, value in values.items()}

@@ -57,6 +57,7 @@ class TrainingState:
     global_step: int = 0  # optimizer steps done
     tie_epochs: int = 0  # epochs of nothing but ties in a row
     validated_step: int = -1  # the last step at which validation images were drawn
+    average: dict | None = None  # --use_ema: that of the LoRA
 
     def state_dict(self) -> dict:
         return asdict(self)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pso_utils.rewards import select_pairs, within_group_deviation
+from pso_utils.rewards import score_metrics, select_pairs, within_group_deviation
 
 
 def brute_force(scores, weights, combination):
@@ -105,3 +105,19 @@ def test_in_units_of_their_deviations_a_rewards_own_unit_decides_nothing():
     plain, others = (select_pairs(each, weights / within_group_deviation(each)) for each in (scores, scaled))
     assert torch.equal(plain.target, others.target) and torch.equal(plain.reference, others.reference)
     assert not torch.equal(select_pairs(scaled, weights).target, plain.target)
+
+
+def test_score_metrics_are_of_the_weighted_reward_and_of_each_and_of_the_pairs_alone():
+    scores = torch.tensor([[[1.0, 3.0], [5.0, 5.0]], [[0.0, 0.5], [2.0, 2.0]]])  # [R, P, K]; the second prompt ties
+    weights = torch.tensor([1.0, -2.0])
+    selection = select_pairs(scores, weights)
+    assert selection.tie.tolist() == [False, True]
+    values = score_metrics(["a", "b"], weights, scores, selection)
+    reward = scores[0] - 2 * scores[1]
+    assert values["reward_mean"] == reward.mean() and values["reward_std"] == pytest.approx(reward.std().item())
+    assert values["reward/a_mean"] == 3.5 and values["reward/a_std_within_prompts"] == 1  # variances of 2 and 0
+    chosen = scores[:, 0, selection.target[0]] - scores[:, 0, selection.reference[0]]
+    assert values["reward_gap"] == chosen[0] - 2 * chosen[1]
+    assert values["reward/b_gap"] == chosen[1]
+    nothing_but_ties = selection._replace(tie=torch.ones(2, dtype=torch.bool))
+    assert "reward_gap" not in score_metrics(["a"], weights[:1], scores[:1], nothing_but_ties)
