@@ -81,8 +81,16 @@ def make_programs(folder: Path) -> list[Program]:
             model | prompts | {"lora": f"a={folder / 'online-1'}", "num_inference_steps": 2, "batch_size": 2},
         ),
     }  # fmt: skip
+    # by two processes, online has the other objective, and an average
+    changes = {("online", 2): {"objective": "denoising", "num_inner_epochs": 2, "use_ema": True}}
     return [
-        Program(name, main, values, num_processes, folder / f"{name}-{num_processes}")
+        Program(
+            name,
+            main,
+            values | changes.get((name, num_processes), {}),
+            num_processes,
+            folder / f"{name}-{num_processes}",
+        )
         for num_processes in (1, 2)
         for name, (main, values) in programs.items()
     ]

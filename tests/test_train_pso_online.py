@@ -566,13 +566,14 @@ def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags,
 
 
 @pytest.mark.slow
-def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp_path, monkeypatch):
+@pytest.mark.parametrize("objective", ["transition", "denoising"])
+def test_two_processes_train_on_what_one_would(tiny_pipeline_dir, workspace, tmp_path, monkeypatch, objective):
     """Where an epoch is one minibatch, for each process permutes its own pairs; but for rounding, since the batches of
     a call of the model differ. Ties leave the processes unlike numbers of pairs."""
     monkeypatch.chdir(workspace)
     values = default_flags(tiny_pipeline_dir, workspace, tmp_path / "two") | {"reward": "own_reward:ties"}
     values |= {"num_validation_images": 1, "num_train_epochs": 2, "num_inner_epochs": 2, "max_train_steps": None}
-    values |= {"adam_epsilon": 1e-4}
+    values |= {"adam_epsilon": 1e-4, "objective": objective}
     # Each process samples two batches of one prompt, and has up to two pairs; one process has them all.
     two = {"sample_batch_size": 1, "train_batch_size": 1, "gradient_accumulation_steps": 2}
     two_processes("train_pso_online.py", to_flags(values | two))
