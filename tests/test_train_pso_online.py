@@ -77,6 +77,15 @@ def ties_later(images, prompts):
 def raises(images, prompts):
     raise RuntimeError("no network")
 
+validations = []
+
+def fails_in_validations(images, prompts):
+    if prompts[0] == "validated animal":
+        validations.append(1)
+        if len(validations) > 1:
+            raise RuntimeError("the scorer is out of order")
+    return score(images, prompts)
+
 def nan(images, prompts):
     return torch.full((len(images),), float("nan"))
 
@@ -560,6 +569,26 @@ def test_resuming_from_the_latest_of_only_damaged_checkpoints_starts_anew(flags,
     run(flags(output_dir=folder, max_train_steps=2, checkpointing_steps=2, resume_from_checkpoint="latest"))
     assert_same_run(folder, whole)
     assert "checkpoint-2 is not whole (training_state.pt is missing)" in caplog.text
+
+
+def test_validations_that_fail_later_are_warnings_and_the_run_has_its_lora_and_card(flags, caplog):
+    changes = {"reward": "own_reward:fails_in_validations", "validation_prompts": ["validated animal"]}
+    folder = run(flags(**changes, num_validation_images=1, validation_steps=2, report_to="tensorboard"))
+    assert weights(folder) and "before_after" not in (folder / "README.md").read_text()
+    assert (folder / "finished.json").exists() and not (folder / "before_after.png").exists()
+    assert [line["step"] for line in metrics(folder) if "validation/reward_mean" in line] == [0]
+    warnings = [record for record in caplog.records if record.levelname == "WARNING" and record.exc_info]
+    assert [record.message.partition(":")[0] for record in warnings] == [
+        "the validation at step 2 failed, the run goes on",
+        "the validation at step 4 failed, the run goes on",
+        "before_after.png cannot be drawn",
+    ]
+    assert all("the scorer is out of order" in record.message for record in warnings)
+
+
+def test_the_first_validation_is_an_error_if_it_fails(flags):
+    with pytest.raises(RuntimeError, match="no network"):
+        run(flags(reward="own_reward:raises", num_validation_images=1))
 
 
 # ---- Processes and places ----

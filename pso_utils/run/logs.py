@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import math
 import os
 import uuid
@@ -10,29 +11,47 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from pso_utils.errors import first_line
 from pso_utils.run.checkpoints import TrainingState
 
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Logs values to the trackers, and as a line of JSON each to `output_dir/metrics.jsonl`."""
+    """Logs values to the trackers, and as a line of JSON each to `output_dir/metrics.jsonl`. What fails there is a
+    warning, once."""
 
     def __init__(self, accelerator: Accelerator, output_dir):
         self.accelerator, self.path = accelerator, Path(output_dir, METRICS_NAME)
+        self.failed: set[str] = set()
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers that are not finite are written as null, as JSON has no others."""
-        self.accelerator.log(values, step=step)
+        try:
+            self.accelerator.log(values, step=step)
+        except Exception as error:  # a tracker's, each has its own: the run is worth more than its curves
+            self._warn("the tracker", step, error)
         if not self.accelerator.is_main_process:
             return
         line = {"step": step}
         for name, value in values.items():
             value = value.item() if hasattr(value, "item") else value
             line[name] = None if isinstance(value, float) and not math.isfinite(value) else value
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        before = "\n" if str(self.path) in self.failed else ""  # behind a line that was cut off
+        try:
+            with self.path.open("a") as file:
+                file.write(f"{before}{json.dumps(line)}\n")
+            self.failed.discard(str(self.path))
+        except OSError as error:
+            self._warn(str(self.path), step, error)
+
+    def _warn(self, where: str, step: int, error: Exception):
+        if where not in self.failed:
+            self.failed.add(where)
+            logger.warning(f"{where} failed at step {step}, the run goes on: {first_line(error)}", exc_info=True)
 
     def read(self) -> list[dict]:
         """The lines so far; one that was cut off when the run was killed is left out."""

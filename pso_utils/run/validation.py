@@ -1,6 +1,7 @@
 """Validation images: what the pipeline itself draws at deployment, on fixed prompts and noise."""
 
 import argparse
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,14 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
+from pso_utils.errors import UserError, first_line
 from pso_utils.families import Conditioning, Deployment, Family
 from pso_utils.rewards import Rewards, statistics
 from pso_utils.run.checkpoints import TrainingState
 from pso_utils.run.grids import before_and_after, image_grid
+
+
+logger = logging.getLogger(__name__)
 
 
 class Validation:
@@ -58,11 +63,30 @@ class Validation:
         that it goes on with: at the start, too."""
         return state.global_step // self.interval > state.validated_step // self.interval
 
-    @torch.no_grad()
     def draw(self) -> tuple[list[Image.Image], Tensor]:
-        """The images, prompt by prompt, and their scores [R, B], on every process."""
-        total = len(self.prompts) * self.num_images
-        # Every process draws the same number, the last ones repeating the last image, so that they can be gathered.
+        """The images, prompt by prompt, and their scores [R, B], on every process.
+
+        Raises:
+            Exception: of any kind, where one process fails; all of them do then.
+        """
+        total, problem = len(self.prompts) * self.num_images, None
+        try:
+            pixels, scores = self._draw_part(total)
+        except Exception as error:  # raised again below, where the other processes do not wait for this one any more
+            problem = error
+        has_failed = torch.tensor(float(problem is not None), device=self.accelerator.device)
+        has_failed = self.accelerator.reduce(has_failed, "sum") > 0
+        if problem is not None:
+            raise problem
+        if has_failed:
+            raise UserError("another process failed in it, see its message")
+        pixels, scores = self.accelerator.gather(tuple(t.to(self.accelerator.device) for t in (pixels, scores)))
+        return [Image.fromarray(image) for image in pixels[:total].cpu().numpy()], scores[:total].T.cpu()
+
+    @torch.no_grad()
+    def _draw_part(self, total: int) -> tuple[Tensor, Tensor]:
+        """This process's pixels [B, H, W, 3] and scores [B, R] of all `total` images. Every process draws the same
+        number, the last ones repeating the last image, so that they can be gathered."""
         per_rank = math.ceil(total / self.accelerator.num_processes)
         first = self.accelerator.process_index * per_rank
         indices = [min(index, total - 1) for index in range(first, first + per_rank)]
@@ -75,17 +99,27 @@ class Validation:
         with self.rewards.loaded():
             scores = self.rewards(images, prompts).T.contiguous()  # [B, R]: gather concatenates the first dimension
         pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
-        pixels, scores = self.accelerator.gather(tuple(t.to(self.accelerator.device) for t in (pixels, scores)))
-        return [Image.fromarray(image) for image in pixels[:total].cpu().numpy()], scores[:total].T.cpu()
+        return pixels, scores
 
     def __call__(self, state: TrainingState):
-        """Draws and logs, unless it was done at this step already (by the run that this one goes on with)."""
-        if self.num_images == 0 or state.validated_step == state.global_step:
+        """Draws and logs, unless it was done at this step already (by the run that this one goes on with). What fails
+        in it is a warning once something is learnt, for training is worth more than its pictures; before that it ends
+        the run, whose user can still mend it."""
+        step = state.global_step
+        if self.num_images == 0 or state.validated_step == step:
             return
+        state.validated_step, self.after, self.values = step, None, {}
+        try:
+            self._validate(step)
+        except Exception as error:  # a reward's, the disk's, a bug's: each has its own
+            if step == 0:
+                raise
+            logger.warning(f"the validation at step {step} failed, the run goes on: {first_line(error)}", exc_info=True)
+
+    def _validate(self, step: int):
         self.after, scores = self.draw()
-        if state.global_step == 0:
+        if step == 0:
             self.before = self.after
-        state.validated_step = step = state.global_step
         if self.rewards.names:
             self.values = summarize_scores(self.rewards, scores, self.num_images)
             self.log(step, self.values)
@@ -96,20 +130,25 @@ class Validation:
             log_grid(self.accelerator, grid, step, " | ".join(self.prompts))
 
     def save_before_and_after(self, state: TrainingState) -> list[tuple[str, str]]:
-        """Writes before_after.png; returns (caption, file name) of it for the model card.
+        """Writes before_after.png; returns (caption, file name) of it for the model card, nothing where it fails, which
+        is a warning.
 
         What this process has not drawn itself, because it resumed, is drawn now; before is the model without LoRA.
         """
         if self.num_images == 0:
             return []
-        if self.before is None:
-            with self.family.without_lora():
-                self.before, _ = self.draw()
-        if self.after is None or state.validated_step != state.global_step:
-            self.after, _ = self.draw()
-        if self.accelerator.is_main_process:
-            picture = before_and_after(self.before, self.after, self.prompts, self.num_images)
-            picture.save(self.output_dir / "before_after.png")
+        try:
+            if self.before is None:
+                with self.family.without_lora():
+                    self.before, _ = self.draw()
+            if self.after is None or state.validated_step != state.global_step:
+                self.after, _ = self.draw()
+            if self.accelerator.is_main_process:
+                picture = before_and_after(self.before, self.after, self.prompts, self.num_images)
+                picture.save(self.output_dir / "before_after.png")
+        except Exception as error:  # as above: the LoRA is saved
+            logger.warning(f"before_after.png cannot be drawn: {first_line(error)}", exc_info=True)
+            return []
         return [("before and after", "before_after.png")]
 
 
