@@ -171,7 +171,7 @@ BASE = "pretrained_model_name_or_path"
 CAT = {"prompts": "{}/good.txt"}
 BAD_INPUTS = {
     # Prompts
-    ("online", "a folder of prompts"): ({"prompts": "{}"}, "is not a file"),
+    ("online", "a folder of prompts"): ({"prompts": "{}/nothing"}, "has no .txt files in it"),
     ("online", "a FIFO"): ({"prompts": "{}/fifo.txt"}, "is not a file"),
     ("online", "another encoding"): ({"prompts": "{}/latin.txt"}, "is not UTF-8"),
     ("evaluate", "UTF-16"): ({"prompts": "{}/utf16.jsonl"}, "is not UTF-8"),
@@ -222,6 +222,8 @@ BAD_INPUTS = {
     ("style", "a picture that is not there"): ({"train_data_dir": "{}/no_file"}, "no_file"),
     ("style", "a picture outside"): ({"train_data_dir": "{}/outside"}, "outside"),
     ("style", "metadata that are no JSON"): ({"train_data_dir": "{}/no_json"}, "no_json"),
+    ("preference", "pictures without partners"): (
+        {"dataset_name": None, "train_data_dir": "{}/style"}, "has no pairs: pass a folder with winner/ and loser/"),
     ("concept", "a file for a folder"): ({"instance_data_dir": "{}/picture.png"}, "is not a folder"),
     ("concept", "no pictures"): ({"instance_data_dir": "{}/nothing"}, "has no images in it"),
     ("concept", "a picture that is cut off"): (

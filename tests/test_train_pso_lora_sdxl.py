@@ -399,6 +399,53 @@ def test_each_task_ends_with_a_lora_that_pipelines_load(flags, tiny_pipeline_dir
     assert (folder / "before_after.png").is_file() and "offline PSO" in (folder / "README.md").read_text()
 
 
+def write_layouts(folder: Path) -> dict[str, dict]:
+    """Each layout of the README's "Your data", and its flags."""
+    for name in ("style", "pairs/winner", "pairs/loser", "concept"):
+        (folder / name).mkdir(parents=True)
+    for index, caption in enumerate(CAPTIONS):
+        for name in ("style", "pairs/winner", "pairs/loser"):
+            picture(index, red="loser" not in name).save(folder / name / f"{index}.png")
+        for name in ("style", "pairs/winner"):
+            (folder / name / f"{index}.txt").write_text(caption)
+    shutil.copytree(folder / "pairs", folder / "listed")
+    lines = [
+        {"winner": f"winner/{index}.png", "loser": f"loser/{index}.png", "caption": caption}
+        for index, caption in enumerate(CAPTIONS)
+    ]
+    (folder / "listed" / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    picture(0, red=True).save(folder / "concept" / "0.png")
+    picture(1, red=True).save(folder / "concept" / "1.png")
+    (folder / "concept" / "1.txt").write_text("sks apple food, from behind")
+    prompts = {"instance_prompt": "sks apple food", "class_prompt": "apple food", "num_reference_images": 2}
+    return {
+        "captions beside the images": {"task": "style", "train_data_dir": folder / "style"},
+        "folders of winners and losers": {"task": "preference", "train_data_dir": folder / "pairs"},
+        "a list of pairs": {"task": "preference", "train_data_dir": folder / "listed"},
+        "images of a concept": {"task": "concept", "instance_data_dir": folder / "concept"} | prompts,
+    }
+
+
+def test_every_layout_of_a_folder_trains_as_the_same_data_do_otherwise(tiny_pipeline_dir, tasks, tmp_path):
+    runs = {}
+    for name, changes in write_layouts(tmp_path / "data").items():
+        changes |= {"center_crop": True, "cache_latents": True, "output_dir": tmp_path / name}
+        runs[name] = run(to_flags(default_flags(tiny_pipeline_dir, None) | changes))
+    # records have the same order and ids as in the metadata file, and as the two lists have of each other
+    style = task_flags(tasks, "style") | {"center_crop": True, "cache_latents": True, "output_dir": tmp_path / "other"}
+    assert_same_run(runs["captions beside the images"], run(to_flags(default_flags(tiny_pipeline_dir, None) | style)))
+    assert_same_run(runs["folders of winners and losers"], runs["a list of pairs"])
+    assert weights(runs["images of a concept"])
+
+
+def test_what_the_crop_to_a_square_cuts_off_is_told(flags, tmp_path, caplog):
+    (tmp_path / "wide").mkdir()
+    for index, width in enumerate([32, 42, 43, 80]):
+        Image.new("RGB", (width, 32)).save(tmp_path / "wide" / f"{index}.png")
+    run(flags("style", train_data_dir=tmp_path / "wide", instance_prompt="a fox", max_train_steps=1))
+    assert "2 of 4 images lose more than 25% of their area to the crop to a square" in caplog.text
+
+
 def test_references_are_the_pipelines_own_samples_of_the_captions(flags, tiny_pipeline_dir):
     folder = run(flags("style", max_train_steps=1))
     drawn = folder / "references" / "step-000000"
@@ -716,7 +763,14 @@ def test_bf16_trains(flags):
 BAD_INPUT = {
     "no pairs": ("preference", {"dataset_name": None}, "--dataset_name"),
     "missing file": ("preference", {"dataset_name": "missing.parquet"}, "does not exist"),
-    "another task's flag": ("preference", {"instance_prompt": "x"}, "--instance_prompt goes with --task concept"),
+    "another task's flag": ("preference", {"class_prompt": "x"}, "--class_prompt goes with --task concept"),
+    "a prompt for a data set": ("preference", {"instance_prompt": "x"}, "--instance_prompt is for a folder's images"),
+    "a folder and a data set": ("preference", {"train_data_dir": "."}, "pass either --dataset_name NAME or"),
+    "a column of a folder": (
+        "preference",
+        {"dataset_name": None, "train_data_dir": ".", "winner_column": "a", "loser_column": "b"},
+        "--winner_column is for --dataset_name",
+    ),
     "missing column": ("preference", {"caption_column": "words"}, "words"),
     "no folder": ("style", {"train_data_dir": "missing"}, "is not a folder"),
     "another task's column": ("concept", {"image_column": "x"}, "--image_column goes with --task style, not concept"),
@@ -768,13 +822,15 @@ def test_bad_input_is_one_line_that_says_what_to_do(flags, capsys, name):
     assert stop.value.code == 2 and message in error_line(capsys.readouterr().err)
 
 
-def test_a_broken_image_names_its_file_and_row(flags, tasks, tmp_path, capsys):
+@pytest.mark.parametrize("content", [b"no image", png(picture(2, red=True))[:-30]], ids=["at once", "while training"])
+def test_a_broken_image_names_its_file(flags, tasks, tmp_path, capsys, content):
+    """By its header before a model is loaded; what is cut off later is met when it is read."""
     folder = shutil.copytree(tasks / "style", tmp_path / "broken")
-    (folder / "2.png").write_bytes(b"no image")
+    (folder / "2.png").write_bytes(content)
     with pytest.raises(SystemExit):
         run(flags("style", train_data_dir=folder, train_batch_size=6, max_train_steps=1))
     error = error_line(capsys.readouterr().err)
-    assert "2.png" in error and "row 2" in error and "--skip_broken_images" in error
+    assert "2.png" in error and "--skip_broken_images" in error
 
 
 def test_an_unexpected_error_keeps_its_traceback(flags, monkeypatch):

@@ -4,14 +4,15 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
@@ -63,25 +64,46 @@ def decode_image(image, folders: Sequence[Path] | None = None) -> Image.Image:
         raise BrokenImage(f"{file}a {type(image).__name__} is no image; pass a column of image bytes or paths")
     if isinstance(image, str | Path):
         image = read_bytes(image, folders)
-    try:
+    with _broken_images(file):
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image), formats=FORMATS)
-        is_too_large = image.width * image.height > MAX_PIXELS
-        if not is_too_large:
-            image.load()
-            image = upright(image)
+        check_size(image)
+        image.load()
+        image = upright(image)
+    return to_rgb(image)
+
+
+def image_size(path: str, folders: Sequence[Path]) -> tuple[int, int]:
+    """(height, width) of a file's image when it is upright, by its header alone; errors as of `decode_image`."""
+    with _unreadable_files(path), regular_file(path, folders).open("rb") as file, _broken_images(f"{path}: "):
+        image = Image.open(file, formats=FORMATS)
+        check_size(image)
+        try:
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        except Exception:  # damaged metadata, as in `upright`
+            is_turned = False
+        return image.size if is_turned else image.size[::-1]
+
+
+def check_size(image: Image.Image):
+    if image.width * image.height > MAX_PIXELS:
+        raise BrokenImage(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}; make it smaller")
+
+
+@contextmanager
+def _broken_images(file: str) -> Iterator[None]:
+    """What decoders raise within this is a `BrokenImage` whose message begins with `file`."""
+    try:
+        yield
     except UnidentifiedImageError:
         raise BrokenImage(f"{file}not an image that Pillow reads as one of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise a dozen unrelated classes for damaged files
         raise BrokenImage(f"{file}{str(error) or type(error).__name__}") from error
-    if is_too_large:
-        raise BrokenImage(f"{file}{image.width} x {image.height} pixels are more than {MAX_PIXELS}; make it smaller")
-    return to_rgb(image)
 
 
 def read_bytes(path: str | Path, folders: Sequence[Path] | None) -> bytes:
     """What a path or URL leads to; `folders` and errors as in `decode_image`."""
-    try:
+    with _unreadable_files(path):
         if "://" in str(path):
             return read_url(str(path), folders)
         file = regular_file(path, folders)
@@ -89,6 +111,14 @@ def read_bytes(path: str | Path, folders: Sequence[Path] | None) -> bytes:
         if size > MAX_FILE_SIZE:
             raise BrokenImage(f"{path}: {size} bytes are more than {MAX_FILE_SIZE}; make it smaller")
         return file.read_bytes()
+
+
+@contextmanager
+def _unreadable_files(path: str | Path) -> Iterator[None]:
+    """What the operating system says of a path that leads to no file is a `BrokenImage`, another failure of it a
+    `UserError`."""
+    try:
+        yield
     except ValueError as error:  # a zero byte or a surrogate in the path
         raise BrokenImage(f"{str(path)!r}: {error}") from error
     except OSError as error:

@@ -1,6 +1,7 @@
 """Where the images of offline training are read from: sources of records, which are pairs of images or targets alone.
 
-`load_preference_pairs`, `load_images` and `load_instance_images` make a source; `loader.PairLoader` deals it out.
+`load_preference_pairs`, `load_images`, `load_image_folder` and `load_pair_folder` make a source; `loader.PairLoader`
+deals it out.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pso_utils.data import readers
+from pso_utils.data.folders import Example, captioned_images, paired_images
+from pso_utils.data.images import BrokenImage, image_size
 from pso_utils.errors import UserError
 from pso_utils.keyed_rng import keyed_permutation
 
@@ -40,6 +43,15 @@ class Record(NamedTuple):
     target: object
     reference: object
     caption: str
+
+    @property
+    def files(self) -> list[str]:
+        """The paths of its images, the target's first; of those that are stored as bytes there are none."""
+        images = [
+            image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
+            for image in (self.target, self.reference)
+        ]
+        return [image for image in images if isinstance(image, str)]
 
 
 @dataclass(frozen=True)
@@ -283,51 +295,103 @@ def load_preference_pairs(
 
 
 def load_images(
-    dataset_name: str | None = None,
+    dataset_name: str,
     *,
-    train_data_dir: str | None = None,
     image_column: str = "image",
     caption_column: str = "text",
     max_train_samples: int | None = None,
     **settings,
 ) -> Table | Stream:
-    """Captioned target images, from either a data set or a folder in imagefolder layout: images, and a metadata.jsonl
-    (or .csv, .parquet) with their `file_name` and `caption_column`. `settings` are those of `readers.open_dataset`.
+    """Captioned target images of a data set. `settings` are those of `readers.open_dataset`.
 
     Raises:
-        UserError: no source or two of them, an unreadable or empty one, or one without captions.
+        UserError: the data set is unreadable, empty, or without captions.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise UserError("pass either --dataset_name NAME or --train_data_dir FOLDER, to say where the images are")
-    if dataset_name is not None:
-        name, folder = f"--dataset_name {dataset_name}", readers.dataset_folder(dataset_name)
-        dataset = readers.open_dataset(dataset_name, **settings)
-    else:
-        name, folder = f"--train_data_dir {train_data_dir}", Path(train_data_dir).expanduser()
-        dataset = readers.open_image_folder(folder, name, caption_column=caption_column, **settings)
+    name, folder = f"--dataset_name {dataset_name}", readers.dataset_folder(dataset_name)
+    dataset = readers.open_dataset(dataset_name, **settings)
     columns, remedy = Columns(image_column, caption_column), "--image_column and --caption_column"
     folders = readers.row_folders(folder, settings.get("cache_dir"))
-    source = make_source(dataset, columns, name=name, folders=folders, remedy=remedy, max_records=max_train_samples)
-    if train_data_dir is not None and isinstance(source, Table):
-        num_images = len(readers.image_files(folder.rglob("*")))
-        if num_images > len(dataset):
-            logger.warning(
-                f"{name} has {num_images} images, of which only {len(dataset)} have a caption in the metadata"
-            )
+    return make_source(dataset, columns, name=name, folders=folders, remedy=remedy, max_records=max_train_samples)
+
+
+def load_image_folder(
+    folder: str,
+    *,
+    flag: str,
+    caption: str | None = None,
+    caption_column: str = "text",
+    is_flat: bool = False,
+    max_train_samples: int | None = None,
+    **settings,
+) -> Table:
+    """Captioned target images of a folder. In imagefolder layout: a metadata.jsonl (or .csv, .parquet) has their
+    `file_name` and `caption_column`; else NAME.txt beside NAME.jpg has the caption, and images without one have
+    `caption`.
+
+    Args:
+        flag: what named the folder, for messages.
+        is_flat: without its subfolders, and without a metadata file.
+        settings: of `readers.open_dataset`.
+
+    Raises:
+        UserError: there are no images, or none with a caption.
+    """
+    # Resolved, because a relative path is taken to lie in the table's folder
+    name, folder = f"{flag} {folder}", Path(folder).expanduser().resolve()
+    if is_flat or not (folder.is_dir() and readers.has_metadata(folder)):
+        return folder_table(
+            captioned_images(folder, name, caption=caption, is_flat=is_flat), name, folder, max_train_samples
+        )
+    dataset = readers.open_image_folder(folder, name, **settings)
+    folders = readers.row_folders(folder, settings.get("cache_dir"))
+    columns, limit = Columns("image", caption_column), {"max_records": max_train_samples}
+    source = make_source(dataset, columns, name=name, folders=folders, remedy="--caption_column", **limit)
+    num_images = len(readers.image_files(folder.rglob("*")))
+    if num_images > len(dataset):
+        logger.warning(f"{name} has {num_images} images, of which only {len(dataset)} have a caption in the metadata")
     return source
 
 
-def load_instance_images(instance_data_dir: str, *, caption: str = "") -> Table:
-    """The images of one concept: a folder's image files, sorted by name, each with the same `caption`; a `UserError` if
-    there are none."""
+def load_pair_folder(
+    folder: str, *, flag: str, caption: str | None = None, max_train_samples: int | None = None
+) -> Table:
+    """The pairs of a folder of winners and one of losers, or of a pairs.jsonl, as `paired_images` finds them."""
+    name, folder = f"{flag} {folder}", Path(folder).expanduser().resolve()
+    return folder_table(paired_images(folder, name, caption=caption), name, folder, max_train_samples)
+
+
+def folder_table(examples: Sequence[Example], name: str, folder: Path, max_records: int | None) -> Table:
     from datasets import Dataset
 
-    # Resolved, because a relative path is taken to lie in the table's folder
-    name, folder = f"--instance_data_dir {instance_data_dir}", Path(instance_data_dir).expanduser().resolve()
-    files = readers.images_of_folder(folder, name)
-    stats = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, files)]  # for the fingerprint
-    dataset = Dataset.from_dict({"image": files, "caption": [caption] * len(files), "stat": stats})
-    return Table(dataset, Columns("image", "caption"), range(len(files)), name=name, folders=[folder])
+    examples = examples[:max_records]
+    columns = {"target": [example.target for example in examples], "caption": [example.caption for example in examples]}
+    is_paired = examples[0].reference is not None
+    if is_paired:
+        columns["reference"] = [example.reference for example in examples]
+    for key in ("target", "reference")[: 1 + is_paired]:  # for the fingerprint
+        columns[f"{key}_stat"] = [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, columns[key])]
+    record = Columns("target", "caption", "reference" if is_paired else None)
+    return Table(Dataset.from_dict(columns), record, range(len(examples)), name=name, folders=[folder])
+
+
+def check_images(source: Table, *, skip_broken_images: bool) -> list[tuple[int, int]]:
+    """Reads the header of each image that is a file: a broken one is an error before a model is loaded, or with
+    `skip_broken_images` counted in a warning. Returns the targets' sizes (height, width), of those that are sound."""
+    sizes, broken = [], []
+    for index in range(len(source)):
+        record = source.record(index)
+        try:
+            size, *_ = [image_size(image, source.folders) for image in record.files]
+            sizes.append(size)
+        except BrokenImage as error:
+            broken.append(str(error))
+            if not skip_broken_images:
+                raise UserError(
+                    f"{source.name} has a broken image: {error}; mend or remove it, or pass --skip_broken_images"
+                ) from error
+    if broken:
+        logger.warning(f"{source.name} has {len(broken)} broken images, which are left out: {broken[0]}")
+    return sizes
 
 
 def make_source(

@@ -1,9 +1,9 @@
 """Training prompts: read from a file or from a data set, and dealt out to the epochs."""
 
-import json
 from pathlib import Path
 
-from pso_utils.data.readers import check_caption, check_columns, open_dataset, read_captions
+from pso_utils.data.folders import read_prompt_files
+from pso_utils.data.readers import check_caption, check_columns, open_dataset, parse_json, read_captions
 from pso_utils.errors import UserError
 from pso_utils.keyed_rng import keyed_permutation
 
@@ -42,7 +42,7 @@ def load_prompts(
 
 
 def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
-    """Captions of a text file (one a line), or of a .json or .jsonl file.
+    """Captions of a text file (one a line), of a .json or .jsonl file, or of a folder of text files (one each).
 
     JSON holds a list, JSONL one entry a line; an entry is a string or an object with a `caption_column` field.
     A JSON object whose `caption_column` field is a list of strings is read as a table of columns.
@@ -50,9 +50,13 @@ def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
     Raises:
         UserError: the file is missing, is no text, is no valid JSON, or has an entry without a caption.
     """
-    file, name = Path(path), f"--prompts {path}"
+    file, name = Path(path).expanduser(), f"--prompts {path}"
+    if file.is_dir():
+        return read_prompt_files(file, name)
     if not file.is_file():
-        raise UserError(f"{name} is not a file; pass a text file (one prompt a line), .json or .jsonl")
+        raise UserError(
+            f"{name} is not a file; pass a text file (one prompt a line), .json, .jsonl or a folder of .txt files"
+        )
     try:
         text = file.read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
     except UnicodeDecodeError:
@@ -72,13 +76,6 @@ def read_prompts_file(path: str, caption_column: str = "text") -> list[str]:
     else:
         return text.split("\n")
     return [caption_of(entry, caption_column, f"{name}, entry {number}") for number, entry in enumerate(entries, 1)]
-
-
-def parse_json(text: str, where: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
-        raise UserError(f"{where} is not valid JSON: {error}") from None
 
 
 def caption_of(entry, caption_column: str, where: str) -> str:

@@ -1,6 +1,7 @@
 """Data sets and folders of images, as --dataset_name and the folder flags name them: the one way in for the scripts and
 for the evaluation."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,13 @@ def check_caption(caption, where: str) -> str:
     return caption
 
 
+def parse_json(text: str, where: str):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+        raise UserError(f"{where} is not valid JSON: {error}") from None
+
+
 def describe(record_id: str | int) -> str:
     """The row of a record's id, for messages."""
     shard, _, row = str(record_id).rpartition("-")
@@ -153,24 +161,16 @@ def describe(record_id: str | int) -> str:
 # ---- Folders of images ----
 
 
-def open_image_folder(folder: Path, name: str, *, caption_column: str, split: str = "train", **settings):
+def open_image_folder(folder: Path, name: str, *, split: str = "train", **settings):
     """A folder in imagefolder layout: images, and a metadata.jsonl (or .csv, .parquet) with their `file_name` and
-    `caption_column`; a `UserError` if it is none. `settings` are those of `open_dataset`."""
-    check_image_folder(folder, name, caption_column)
+    captions. `settings` are those of `open_dataset`."""
     # All files by pattern: left to itself, `datasets` takes an image called train.png for the whole training split
     return read_dataset("imagefolder", name, data_files={split: str(folder / "**")}, split=split, **settings)
 
 
-def check_image_folder(folder: Path, name: str, caption_column: str) -> None:
-    check_folder(folder, name)
-    if any(next(folder.rglob(f"metadata.{suffix}"), None) for suffix in ("jsonl", "csv", "parquet")):
-        return
-    if not image_files(folder.rglob("*")):
-        raise UserError(f"{name} has no images in it; pass a folder with images and a metadata.jsonl")
-    raise UserError(
-        f"{name} has images and no captions: put a metadata.jsonl beside them, with a line"
-        f' {{"file_name": "...", "{caption_column}": "..."}} for each image'
-    )
+def has_metadata(folder: Path) -> bool:
+    """Whether the folder says its images' captions in a file of imagefolder's."""
+    return any(next(folder.rglob(f"metadata.{suffix}"), None) for suffix in ("jsonl", "csv", "parquet"))
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -184,10 +184,11 @@ def image_files(paths: Iterable[Path]) -> list[str]:
     return [str(path) for path in sorted(paths) if path.suffix.lower() in suffixes and path.is_file()]
 
 
-def images_of_folder(folder: Path, name: str) -> list[str]:
-    """The image files in a folder, without its subfolders, sorted by name; a `UserError` if there are none."""
+def images_of_folder(folder: Path, name: str, *, is_flat: bool = True) -> list[str]:
+    """The image files in a folder, with its subfolders unless `is_flat`, sorted by name; a `UserError` if there are
+    none."""
     check_folder(folder, name)
-    files = image_files(folder.iterdir())
+    files = image_files(folder.iterdir() if is_flat else folder.rglob("*"))
     if not files:
         raise UserError(f"{name} has no images in it; pass a folder with .png, .jpg or other image files")
     return files

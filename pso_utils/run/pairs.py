@@ -2,12 +2,21 @@
 that the model draws itself."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from pso_utils.data.pairs import Stream, Table, load_images, load_instance_images, load_preference_pairs
+from pso_utils.data.pairs import (
+    Stream,
+    Table,
+    check_images,
+    load_image_folder,
+    load_images,
+    load_pair_folder,
+    load_preference_pairs,
+)
 from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.data.references import ReferenceLatents, References
 from pso_utils.errors import UserError
@@ -15,7 +24,10 @@ from pso_utils.families import Deployment, Family
 from pso_utils.run import arguments
 
 
+logger = logging.getLogger(__name__)
+
 SHUFFLE_BUFFER_SIZE = 1000
+KEPT_AREA = 0.75  # of an image that the crop to a square may leave without a word
 
 TASK_FLAGS = {
     "image_columns": ["preference"],
@@ -30,9 +42,8 @@ TASK_FLAGS = {
     "max_train_samples": ["preference", "style"],
     "caption_column": ["preference", "style"],
     "image_column": ["style"],
-    "train_data_dir": ["style"],
+    "train_data_dir": ["preference", "style"],
     "instance_data_dir": ["concept"],
-    "instance_prompt": ["concept"],
     "class_prompt": ["concept"],
     "num_reference_images": ["concept"],
     "reference_policy": ["style", "concept"],
@@ -52,14 +63,17 @@ def add_pair_arguments(parser: argparse.ArgumentParser):
     add("--label_column", default="label_0", help="preference: 1 where the first image won, 0 the second, 0.5 a tie.")
     add("--winner_column", help="preference: the winner's image, instead of two images and a label.")
     add("--loser_column", help="preference: the loser's image.")
-    add("--train_data_dir", help="style: a folder of images with a metadata.jsonl (file_name and captions).")
+    add("--train_data_dir", help="style: a folder of images with NAME.txt beside NAME.jpg, or with a metadata.jsonl "
+        "(file_name and captions). preference: a folder with winner/ and loser/, files of one name a pair, captions "
+        "beside the winners; or with a pairs.jsonl (winner, loser, caption).")  # fmt: skip
     add("--image_column", default="image", help="style: the image column of --dataset_name.")
     add("--caption_column", help="The caption column. Default: caption for preference, text for style.")
     add("--streaming", action="store_true", help="preference: read the data set while training, without keeping it.")
     add("--shuffle_buffer_size", type=positive_int, help="Records among which a stream is shuffled. Default: "
         f"{SHUFFLE_BUFFER_SIZE}.")  # fmt: skip
-    add("--instance_data_dir", help="concept: a folder of images of one thing.")
-    add("--instance_prompt", type=arguments.prompt, help="concept: their prompt, such as `a photo of sks dog`.")
+    add("--instance_data_dir", help="concept: a folder of images of one thing, with or without captions beside them.")
+    add("--instance_prompt", type=arguments.prompt, help="The prompt of a folder's images that have no caption of "
+        "their own, such as `a photo of sks dog`.")  # fmt: skip
     add(
         "--class_prompt", type=arguments.prompt, help="concept: the prompt of the references, such as `a photo of dog`."
     )
@@ -114,7 +128,18 @@ def open_source(args: argparse.Namespace) -> Table | Stream:
         )
     if args.streaming and args.max_train_steps is None:
         raise UserError("--streaming does not tell how many pairs there are: pass --max_train_steps")
-    return SOURCES[args.task](args)
+    if args.instance_prompt is not None and args.dataset_name is not None:
+        raise UserError("--instance_prompt is for a folder's images without a caption, not --dataset_name: drop it")
+    source = SOURCES[args.task](args)
+    if args.dataset_name is None:
+        sizes = check_images(source, skip_broken_images=args.skip_broken_images)
+        num_cropped = sum(min(size) < KEPT_AREA * max(size) for size in sizes)
+        if num_cropped:
+            logger.warning(
+                f"{num_cropped} of {len(sizes)} images lose more than {1 - KEPT_AREA:.0%} of their area to the crop to"
+                " a square: crop them yourself where that cuts off what counts"
+            )
+    return source
 
 
 def dataset_settings(args: argparse.Namespace) -> dict:
@@ -128,8 +153,13 @@ def dataset_settings(args: argparse.Namespace) -> dict:
 
 
 def preference_source(args: argparse.Namespace) -> Table | Stream:
-    if args.dataset_name is None:
-        raise UserError("--task preference needs --dataset_name, a data set of winners and losers")
+    check_one_source(args)
+    if args.train_data_dir is not None:
+        for flag in ("winner_column", "loser_column", "streaming"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag} is for --dataset_name, and does nothing with --train_data_dir: drop it")
+        limit = {"max_train_samples": args.max_train_samples}
+        return load_pair_folder(args.train_data_dir, flag="--train_data_dir", caption=args.instance_prompt, **limit)
     return load_preference_pairs(
         args.dataset_name,
         caption_column=args.caption_column,
@@ -144,21 +174,29 @@ def preference_source(args: argparse.Namespace) -> Table | Stream:
 
 
 def style_source(args: argparse.Namespace) -> Table:
-    return load_images(
-        args.dataset_name,
-        train_data_dir=args.train_data_dir,
-        image_column=args.image_column,
-        caption_column=args.caption_column,
-        max_train_samples=args.max_train_samples,
-        **dataset_settings(args),
-    )
+    check_one_source(args)
+    settings = {"caption_column": args.caption_column, "max_train_samples": args.max_train_samples}
+    if args.train_data_dir is None:
+        return load_images(args.dataset_name, image_column=args.image_column, **settings, **dataset_settings(args))
+    settings |= {"cache_dir": args.cache_dir, "num_workers": args.dataloader_num_workers}
+    return load_image_folder(args.train_data_dir, flag="--train_data_dir", caption=args.instance_prompt, **settings)
+
+
+def check_one_source(args: argparse.Namespace):
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        raise UserError(
+            f"--task {args.task}: pass either --dataset_name NAME or --train_data_dir FOLDER, to say where the images"
+            " are"
+        )
 
 
 def concept_source(args: argparse.Namespace) -> Table:
     for flag in ("instance_data_dir", "instance_prompt", "class_prompt"):
         if getattr(args, flag) is None:
             raise UserError(f"--task concept needs --{flag}")
-    return load_instance_images(args.instance_data_dir, caption=args.instance_prompt)
+    return load_image_folder(
+        args.instance_data_dir, flag="--instance_data_dir", caption=args.instance_prompt, is_flat=True
+    )
 
 
 SOURCES = {"preference": preference_source, "style": style_source, "concept": concept_source}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pso_utils.data import loader as loader_module
 from pso_utils.data.latent_cache import LatentCache, TensorCache, encoded_minibatches
-from pso_utils.data.pairs import load_images
+from pso_utils.data.pairs import load_image_folder
 from pso_utils.families.sdxl import SDXL
 from tests.conftest import build_pipeline
 
@@ -98,7 +98,7 @@ def test_cached_minibatches_are_those_of_the_images_bit_for_bit(
 
 
 def test_targets_alone_have_no_references(family, tmp_path):
-    source = load_images(train_data_dir=str(write_image_folder(tmp_path / "images")))
+    source = load_image_folder(str(write_image_folder(tmp_path / "images")), flag="--train_data_dir")
     loader = make_loader(source, **SIZE)
     cache = LatentCache(tmp_path / "latents", process(), family, loader)
     cache.fill()

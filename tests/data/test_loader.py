@@ -33,7 +33,7 @@ from pair_sources import (
 from PIL import Image as PILImage
 
 from pso_utils.data.loader import PairLoader, contiguous_part
-from pso_utils.data.pairs import load_images, load_instance_images
+from pso_utils.data.pairs import load_image_folder, load_images
 from pso_utils.errors import UserError
 
 
@@ -240,7 +240,7 @@ def test_records_are_dealt_out_without_reading_an_image(load, tmp_path, monkeypa
     monkeypatch.setattr(source, "record", None)  # reads a row's images
     assert sorted(ids(read_records(make_loader(source)))) == list("012345")
     folder = write_image_folder(tmp_path / "cat", metadata=None)
-    source = load_instance_images(str(folder), caption="a cat")
+    source = load_image_folder(str(folder), flag="--instance_data_dir", caption="a cat", is_flat=True)
     for file in folder.iterdir():
         file.unlink()
     assert captions_of(read_records(make_loader(source))) == ["a cat"] * 3

@@ -7,7 +7,7 @@ from pair_sources import load_pairs, make_loader, png, read, write_image_folder,
 from pso_utils.data.images import draw_noise, draw_timestep_uniform
 from pso_utils.data.latent_cache import encoded_minibatches
 from pso_utils.data.minibatches import TrainingPairs
-from pso_utils.data.pairs import load_images
+from pso_utils.data.pairs import load_image_folder
 from pso_utils.data.prompt_cache import PromptCache
 from pso_utils.families.sdxl import SDXL
 from tests.conftest import build_pipeline
@@ -62,7 +62,9 @@ def test_rows_are_targets_references_and_those_again_with_the_class_prompt(famil
 
 
 def test_targets_alone_get_the_references_that_were_drawn_for_them(family, tmp_path):
-    loader = make_loader(load_images(train_data_dir=str(write_image_folder(tmp_path / "images"))), resolution=16)
+    loader = make_loader(
+        load_image_folder(str(write_image_folder(tmp_path / "images")), flag="--train_data_dir"), resolution=16
+    )
     pairs = TrainingPairs(family=family, loader=loader, embed=PromptCache(family), references=DrawnReferences())
     (minibatch,) = pairs.minibatches(0)
     drawn = torch.cat([microbatch.latents[1] for microbatch in minibatch.microbatches])
@@ -74,7 +76,7 @@ def test_targets_alone_get_the_references_that_were_drawn_for_them(family, tmp_p
 def test_a_microbatch_of_broken_images_is_counted_and_left_out(family, tmp_path):
     folder = write_image_folder(tmp_path / "images")
     (folder / "a.png").write_bytes(png()[:40])
-    source = load_images(train_data_dir=str(folder))
+    source = load_image_folder(str(folder), flag="--train_data_dir")
     loader = make_loader(source, resolution=16, train_batch_size=1, skip_broken_images=True)
     pairs = TrainingPairs(family=family, loader=loader, embed=PromptCache(family), takes_references=False)
     (minibatch,) = pairs.minibatches(0)

@@ -34,7 +34,7 @@ from pair_sources import (
     write_pickapic,
 )
 
-from pso_utils.data.pairs import Columns, load_images, load_instance_images, make_source
+from pso_utils.data.pairs import Columns, Table, load_image_folder, load_images, make_source
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,11 +165,22 @@ def test_max_train_samples_keeps_the_first_pairs(pickapic, load):
             assert sorted(captions) == sorted(f"caption {number}" for number in kept)
 
 
+def train_images(folder, **settings) -> Table:
+    return load_image_folder(str(folder), flag="--train_data_dir", **settings)
+
+
+def instance_images(folder, caption: str = "a cat") -> Table:
+    return load_image_folder(str(folder), flag="--instance_data_dir", caption=caption, is_flat=True)
+
+
 @pytest.mark.parametrize("metadata", ["jsonl", "csv", "parquet"])
 def test_image_folders_have_captions_and_no_reference(tmp_path, metadata):
     folder = str(write_image_folder(tmp_path / "images", metadata))
-    for flag, streaming in [("train_data_dir", False), ("train_data_dir", True), ("dataset_name", False)]:
-        source = load_images(**{flag: folder}, streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    for source in (
+        train_images(folder, **cache),
+        *(load_images(folder, streaming=each, **cache) for each in (False, True)),
+    ):
         values = {}
         for microbatch in flat(read(make_loader(source))):
             assert microbatch.reference_pixels is None
@@ -181,7 +192,7 @@ def test_image_folders_have_captions_and_no_reference(tmp_path, metadata):
 def test_instance_images_are_sorted_by_name_and_share_a_caption(tmp_path):
     folder = write_image_folder(tmp_path / "cat", metadata=None)
     (folder / "notes.txt").write_text("no image")
-    source = load_instance_images(str(folder), caption="a photo of sks cat")
+    source = instance_images(folder, "a photo of sks cat")
     records = [source.record(index) for index in range(len(source))]
     assert [Path(record.target).name for record in records] == ["a.png", "b.png", "c.png"]
     assert [record.id for record in records] == ["0", "1", "2"]
@@ -193,7 +204,7 @@ def test_instance_images_are_found_from_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     write_image_folder(tmp_path / "photos" / "cat", metadata=None)
     monkeypatch.chdir(tmp_path)
-    source = load_instance_images("photos/cat", caption="a photo of sks cat")
+    source = instance_images("photos/cat", "a photo of sks cat")
     assert sorted(ids(read(make_loader(source)))) == ["0", "1", "2"]
 
 
@@ -239,12 +250,12 @@ def test_a_saved_data_set_of_other_rows_has_another_fingerprint(load, tmp_path):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
-def test_a_folder_with_an_overwritten_image_has_another_fingerprint(tmp_path, flag):
+@pytest.mark.parametrize("load", [train_images, load_images], ids=["train_data_dir", "dataset_name"])
+def test_a_folder_with_an_overwritten_image_has_another_fingerprint(tmp_path, load):
     folder = write_image_folder(tmp_path / "images")
 
     def fingerprint():
-        return load_images(**{flag: str(folder)}, cache_dir=str(tmp_path / "cache")).fingerprint
+        return load(str(folder), cache_dir=str(tmp_path / "cache")).fingerprint
 
     before = fingerprint()
     assert fingerprint() == before
@@ -254,28 +265,28 @@ def test_a_folder_with_an_overwritten_image_has_another_fingerprint(tmp_path, fl
 
 def test_the_fingerprint_of_instance_images_has_their_names_sizes_and_times(tmp_path):
     folder = write_image_folder(tmp_path / "cat", metadata=None)
-    fingerprints = [load_instance_images(str(folder)).fingerprint]
-    assert load_instance_images(str(folder)).fingerprint == fingerprints[0]
+    fingerprints = [instance_images(folder).fingerprint]
+    assert instance_images(folder).fingerprint == fingerprints[0]
     stat = (folder / "a.png").stat()
     (folder / "a.png").rename(folder / "d.png")
-    fingerprints.append(load_instance_images(str(folder)).fingerprint)
+    fingerprints.append(instance_images(folder).fingerprint)
     (folder / "d.png").write_bytes(png(size=(80, 60)))
     os.utime(folder / "d.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    fingerprints.append(load_instance_images(str(folder)).fingerprint)
+    fingerprints.append(instance_images(folder).fingerprint)
     os.utime(folder / "d.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000))
-    fingerprints.append(load_instance_images(str(folder)).fingerprint)
+    fingerprints.append(instance_images(folder).fingerprint)
     assert len(set(fingerprints)) == 4
 
 
 def test_another_process_finds_the_same_fingerprints(pickapic, load, tmp_path):
     folder = write_image_folder(tmp_path / "cat", metadata=None)
-    program = "import sys; from pso_utils.data.pairs import load_instance_images, load_preference_pairs\n"
+    program = "import sys; from pso_utils.data.pairs import load_image_folder, load_preference_pairs\n"
     program += "print(load_preference_pairs(sys.argv[1], cache_dir=sys.argv[2]).fingerprint)\n"
-    program += "print(load_instance_images(sys.argv[3]).fingerprint)\n"
+    program += "print(load_image_folder(sys.argv[3], flag='--dir', caption='a cat', is_flat=True).fingerprint)\n"
     arguments = [str(pickapic), str(tmp_path / "another cache"), str(folder)]
     command = [sys.executable, "-c", program, *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
-    ours = [load(pickapic).fingerprint, load_instance_images(str(folder)).fingerprint]
+    ours = [load(pickapic).fingerprint, instance_images(folder).fingerprint]
     assert result.stdout.split() == ours
 
 
@@ -342,28 +353,26 @@ def test_a_stream_that_breaks_off_names_its_shard(load, tmp_path):
 
 
 def test_image_folders_without_captions_or_images_are_a_clear_error(tmp_path):
-    with rejects("has images and no captions: put a metadata.jsonl beside them"):
-        load_images(train_data_dir=str(write_image_folder(tmp_path / "bare", metadata=None)))
+    with rejects("bare has 3 images and no captions: write a.txt, or pass --instance_prompt for all of them"):
+        train_images(str(write_image_folder(tmp_path / "bare", metadata=None)))
     with rejects("--train_data_dir .*nowhere is not a folder"):
-        load_images(train_data_dir=str(tmp_path / "nowhere"))
+        train_images(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with rejects("--train_data_dir .*empty has no images in it"):
-        load_images(train_data_dir=str(tmp_path / "empty"))
+        train_images(str(tmp_path / "empty"))
     folder = write_image_folder(tmp_path / "named", caption="description")
-    with rejects(r"no column 'text'; pass --image_column and --caption_column, of \['description', 'image'\]"):
-        load_images(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
-    with rejects("pass either --dataset_name NAME or --train_data_dir FOLDER"):
-        load_images()
+    with rejects(r"no column 'text'; pass --caption_column, of \['description', 'image'\]"):
+        train_images(str(folder), cache_dir=str(tmp_path / "cache"))
     with rejects("--instance_data_dir .*empty has no images in it"):
-        load_instance_images(str(tmp_path / "empty"))
+        instance_images(tmp_path / "empty")
     with rejects("--instance_data_dir .*nowhere is not a folder"):
-        load_instance_images(str(tmp_path / "nowhere"))
+        instance_images(tmp_path / "nowhere")
 
 
 def test_images_without_a_caption_are_counted_in_a_warning(tmp_path, caplog):
     folder = write_image_folder(tmp_path / "images")
-    load_images(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))
+    train_images(str(folder), cache_dir=str(tmp_path / "cache"))
     assert not caplog.records
     (folder / "d.png").write_bytes(png())
-    assert len(load_images(train_data_dir=str(folder), cache_dir=str(tmp_path / "cache"))) == 3
+    assert len(train_images(str(folder), cache_dir=str(tmp_path / "cache"))) == 3
     assert "has 4 images, of which only 3 have a caption" in caplog.text
