@@ -185,8 +185,14 @@ def fits_schedule(schedule: Schedule, weighting: str) -> bool:
 # ---- Flags ----
 
 
+EXAMPLE = (
+    "accelerate launch train_pso_lora_sdxl.py --pretrained_model_name_or_path stabilityai/sdxl-turbo --resolution 512"
+    " --num_inference_steps 4 --task style --train_data_dir drawings --output_dir turbo-style-lora"
+)
+
+
 def parse_args(argv=None):
-    parser = arguments.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__, example=EXAMPLE)
     arguments.add_model_arguments(parser)
     arguments.add_schedule_arguments(parser)
     add_pair_arguments(parser)

@@ -97,8 +97,14 @@ def set_objective_defaults(args, schedule: Schedule) -> Tensor | None:
 # ---- Flags ----
 
 
+EXAMPLE = (
+    "accelerate launch train_pso_online.py --pretrained_model_name_or_path stabilityai/sdxl-turbo --resolution 512"
+    " --num_inference_steps 4 --prompts prompts.txt --reward pickscore --output_dir turbo-lora"
+)
+
+
 def parse_args(argv=None):
-    parser = arguments.ArgumentParser(description=__doc__)
+    parser = arguments.ArgumentParser(description=__doc__, example=EXAMPLE)
     arguments.add_model_arguments(parser)
     arguments.add_schedule_arguments(parser)
     arguments.add_prompt_arguments(parser)

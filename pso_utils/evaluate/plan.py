@@ -42,7 +42,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lora", action="append", default=[], metavar="NAME=PATH", help="A LoRA to compare with the base: a folder, "
         "file, hub id or `repo:file`; may be repeated.")  # fmt: skip
     add("--lora_scale", type=float, default=1.0, help="How strongly the LoRAs are applied.")
-    add("--prompts", help="Text file with one prompt a line, or .json or .jsonl with strings or captioned objects.")
+    add("--prompts", help="Text file with one prompt a line, .json or .jsonl with strings or captioned objects, or a "
+        "folder of .txt files.")  # fmt: skip
     add("--dataset_name", help="Instead of --prompts: a data set of the hub, or a local folder, file or pattern of "
         "files.")  # fmt: skip
     add("--dataset_config_name", help="Configuration of the data set.")

@@ -8,10 +8,12 @@ data set has hundreds of thousands of pairs; --seed (0, not none), since a run i
 """
 
 import argparse
+import difflib
 import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,11 +36,62 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if is_none else super()._get_help_string(action)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line: the usage of some eighty flags would bury the message."""
+# What takes the place of other trainers' flags: diffusers' examples, kohya's scripts
+FLAGS_ELSEWHERE = {
+    "validation_prompt": "pass --validation_prompts",
+    "sample_prompts": "pass --validation_prompts",
+    "validation_epochs": "pass --validation_steps",
+    "sample_every_n_steps": "pass --validation_steps",
+    "save_every_n_steps": "pass --checkpointing_steps",
+    "save_every_n_epochs": "pass --checkpointing_steps",
+    "max_train_epochs": "pass --num_train_epochs",
+    "network_dim": "pass --rank",
+    "network_alpha": "pass --lora_alpha",
+    "network_weights": "pass --lora_path",
+    "unet_lr": "pass --learning_rate",
+    "text_encoder_lr": "text encoders are not trained; drop it",
+    "train_text_encoder": "text encoders are not trained; drop it",
+    "snr_gamma": "pass --weighting, which weighs the noise levels",
+    "min_snr_gamma": "pass --weighting, which weighs the noise levels",
+    "loss_type": "pass --loss",
+    "beta_dpo": "pass --beta",
+    "with_prior_preservation": "pass --task concept, whose --class_anchor keeps the class",
+    "num_class_images": "pass --num_reference_images",
+    "class_data_dir": "references are drawn by the model: pass --class_prompt and --num_reference_images",
+    "cache_latents_to_disk": "pass --cache_latents",
+    "cache_text_encoder_outputs": "pass --cache_prompts",
+    "caption_extension": "captions are .txt files; drop it",
+    "output_name": "pass --output_dir",
+    "xformers": "pass --enable_xformers_memory_efficient_attention",
+    "optimizer_type": "the optimizer is AdamW, or with --use_8bit_adam bitsandbytes'; drop it",
+}
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose usage and errors are one line: some eighty flags would bury the message. `example` is the end of
+    its help."""
+
+    def __init__(self, *, example: str | None = None, **kwargs):
+        settings = {"usage": "%(prog)s [flags]", "formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(**settings, epilog=example and f"Example: {example}", **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        """Flags that there are not are an error that says what to pass instead."""
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._instead_of(unknown)}")
+        return args
+
+    def _instead_of(self, unknown: list[str]) -> str:
+        for flag in (text.partition("=")[0] for text in unknown if text.startswith("--")):
+            name = flag.removeprefix("--").replace("-", "_")
+            remedy = FLAGS_ELSEWHERE.get(name)
+            if remedy is not None and all(own in self._option_string_actions for own in re.findall(r"--\w+", remedy)):
+                return f"; {remedy}"
+            close = difflib.get_close_matches(f"--{name}", self._option_string_actions, 1)
+            if close:
+                return f"; did you mean {close[0]}?"
+        return ""
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
@@ -143,7 +196,8 @@ def add_schedule_arguments(parser: argparse.ArgumentParser):
 def add_prompt_arguments(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("prompts")
     add = group.add_argument
-    add("--prompts", help="Text file with one prompt a line, or .json or .jsonl with strings or captioned objects.")
+    add("--prompts", help="Text file with one prompt a line, .json or .jsonl with strings or captioned objects, or a "
+        "folder of .txt files.")  # fmt: skip
     add("--dataset_name", help="Instead of --prompts: a data set of the hub, or a local folder, file or pattern of "
         "files.")  # fmt: skip
     add("--caption_column", default="text", help="Field of the JSON objects or column of the data set to read.")

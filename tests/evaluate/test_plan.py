@@ -78,7 +78,7 @@ def test_bad_flags_are_one_line_before_a_model_is_loaded(shared, tmp_path, capsy
         ("--reward", "beauty"): ["unknown reward 'beauty'", "aesthetic, clip"],
         ("--reward_model", CLIP): ["--reward_model without --reward"],
         ("--prompts", str(captions)): ["no field 'text'", "['caption']"],
-        ("--prompts", str(empty)): ["is not a file"],
+        ("--prompts", str(empty)): ["has no .txt files in it"],
         ("--image_column", "image"): ["--image_column needs", "--dataset_name"],
         ("--reference_images", str(empty)): ["has no images"],
         ("--subject_vision_model", "a/b"): ["--subject_vision_model needs --reference_images"],
