@@ -482,7 +482,7 @@ def run(args):
             validate(state)
     updates.close()
 
-    save_lora(args, accelerator, family)
+    save_lora(args, accelerator, family, info=info, deployment=deployment)
     validate(state)
     names = ["reward_combination", "samples_per_prompt", "learning_rate", "rank", "seed"]
     settings = {
@@ -495,7 +495,7 @@ def run(args):
         **{name: getattr(args, name) for name in names},
         **models.card_settings(args, schedule),
     }
-    save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
+    save_card_and_pictures(args, accelerator, validate, state, info=info, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):
