@@ -12,7 +12,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 
 from pso_utils.errors import UserError
 from pso_utils.families.loading import ModelInfo, empty_denoiser
-from pso_utils.families.lora import lora_matrices
+from pso_utils.families.lora import lora_matrices, read_lora_settings
 from pso_utils.families.lora_export import export_name
 from pso_utils.run import arguments
 from pso_utils.run.accelerator import one_line_errors
@@ -81,15 +81,17 @@ def run_settings(lora: Path, base: str | None) -> tuple[argparse.Namespace, bool
 
 
 def check_layers(lora: Path, info: ModelInfo) -> None:
-    """Raises UserError unless the LoRA fits the model."""
+    """Raises UserError unless the file is one LoRA of this model's denoiser and nothing else."""
     part, denoiser = info.family.denoiser_name, empty_denoiser(info.family, info.denoiser_config)
-    shapes = {name: tuple(parameter.shape[:2]) for name, parameter in denoiser.named_parameters()}
-    layers = lora_matrices(part, denoiser, read_weights(str(lora)))
+    read_lora_settings(str(lora), part=part, flag="")
+    expected = {name: tuple(parameter.shape[:2]) for name, parameter in denoiser.named_parameters()}
+    state_dict = read_weights(str(lora))
+    layers = lora_matrices(part, denoiser, state_dict)
+    if 2 * len(layers) != len(state_dict) or any(len(matrices) < 2 for matrices in layers.values()):
+        raise UserError(f"{lora} has something else than the two matrices of each layer: pass the file of a run")
     for layer, matrices in layers.items():
-        if (matrices["B"].shape[0], matrices["A"].shape[1]) != shapes.get(f"{layer}.weight"):
+        if (matrices["B"].shape[0], matrices["A"].shape[1]) != expected.get(f"{layer}.weight"):
             raise UserError(f"{lora} is no LoRA of this model ({layer}): pass the one that it was trained on as --base")
-    if not layers:
-        raise UserError(f"{lora} has no LoRA of a {part}: pass the model that it was trained on as --base")
 
 
 def convert(args: argparse.Namespace) -> Path:

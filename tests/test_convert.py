@@ -7,7 +7,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_runs import error_line, to_flags
 
 import train_pso_lora_sdxl
@@ -23,7 +23,7 @@ LORA = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def trained(tiny_pipeline_dir, tmp_path_factory):
-    """A run of two steps, with a checkpoint after each, and the run's own file for other tools."""
+    """A run of two steps, with a checkpoint after the first, and the run's own file for other tools."""
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("convert")
@@ -34,7 +34,7 @@ def trained(tiny_pipeline_dir, tmp_path_factory):
     flags = {"pretrained_model_name_or_path": tiny_pipeline_dir, "output_dir": folder / "panda", "task": "concept"}
     flags |= {"instance_data_dir": folder / "images", "instance_prompt": "a sks panda", "class_prompt": "a panda"}
     flags |= {"resolution": 32, "rank": 2, "lora_alpha": 3.0, "learning_rate": 1e-2, "max_train_steps": 2}
-    flags |= {"checkpointing_steps": 1, "num_class_images": 2, "num_validation_images": 0, "report_to": "none"}
+    flags |= {"checkpointing_steps": 1, "num_reference_images": 2, "num_validation_images": 0, "report_to": "none"}
     flags |= {"scheduler": "euler", "validation_num_inference_steps": 2, "train_batch_size": 1}
     train_pso_lora_sdxl.main(to_flags(flags))
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -66,13 +66,13 @@ def test_a_run_ends_with_the_file_and_its_metadata(trained, tiny_pipeline_dir):
     expected = {
         "ss_sd_model_name": tiny_pipeline_dir.rpartition("/")[2],
         "ss_network_dim": "2",
-        "ss_network_alpha": "3",
+        "ss_network_alpha": "3.0",
         "modelspec.trigger_phrase": "a sks panda",
         "modelspec.resolution": "32x32",
         "modelspec.usage_hint": "sampler euler, scheduler sgm_uniform, steps 2, CFG 1.0",
     }
     found = metadata(trained / "panda.safetensors")
-    assert {key: found[key].removesuffix(".0") if "alpha" in key else found[key] for key in expected} == expected
+    assert {key: found[key] for key in expected} == expected
     weights = load_file(trained / "panda.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
     assert {value.item() for key, value in weights.items() if key.endswith(".alpha")} == {3.0}
@@ -82,10 +82,12 @@ def test_a_run_ends_with_the_file_and_its_metadata(trained, tiny_pipeline_dir):
 
 def test_converting_a_run_writes_the_same_file(run, capsys):
     file = run / "panda.safetensors"
-    before = file.read_bytes()
+    weights, says = load_file(file), metadata(file)
     file.unlink()
     main(run)
-    assert file.read_bytes() == before and str(file) in capsys.readouterr().out
+    assert str(file) in capsys.readouterr().out and metadata(file) == says
+    again = load_file(file)
+    assert again.keys() == weights.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
     main(run, "--save_dtype", "bf16")
     assert {value.dtype for value in load_file(file).values()} == {torch.bfloat16}
 
@@ -142,7 +144,12 @@ def test_what_is_no_lora_is_one_clear_error(run, tmp_path, capsys):
     assert "pass another file, whose name ends in .safetensors" in refused(capsys, run, "--output", run / LORA)
     assert "pass another file, whose name ends in .safetensors" in refused(capsys, run, "--output", run / "x.bin")
     (run / LORA).unlink()
-    assert f"pass {run / 'checkpoint-2'}" in refused(capsys, run)
+    assert f"pass {run / 'checkpoint-1'}" in refused(capsys, run)
     (tmp_path / LORA).write_bytes(b"nothing")
     shutil.copytree(run / "checkpoint-1", tmp_path / "checkpoint-1")
     assert "is no LoRA that can be read" in refused(capsys, tmp_path)
+    with safe_open(run / "checkpoint-1" / LORA, "pt") as file:
+        says, weights = file.metadata(), load_file(run / "checkpoint-1" / LORA)
+    weights.pop(next(iter(weights)))
+    save_file(weights, tmp_path / LORA, metadata=says)
+    assert "has something else than the two matrices of each layer" in refused(capsys, tmp_path)
