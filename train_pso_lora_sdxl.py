@@ -516,14 +516,14 @@ def run(args):
     if state.num_broken:
         logger.info(f"{state.num_broken} times a pair was left out because an image is broken (--skip_broken_images)")
 
-    save_lora(args, accelerator, family)
+    save_lora(args, accelerator, family, info=info, deployment=deployment)
     validate(state)
     keep_best(args, accelerator, family, state, validate.values)
     if args.early_stopping_patience and state.best_lora is not None and state.best_step != state.global_step:
         logger.info(f"the best LoRA was that of step {state.best_step}: it is the result")
         set_peft_model_state_dict(family.denoiser, state.best_lora)
         state.global_step = state.best_step
-        save_lora(args, accelerator, family)
+        save_lora(args, accelerator, family, info=info, deployment=deployment)
     settings = {
         "method": entry.method,
         "optimizer steps": state.global_step,
@@ -534,7 +534,7 @@ def run(args):
         **{name: getattr(args, name) for name in ("learning_rate", "rank", "seed")},
         **models.card_settings(args, schedule),
     }
-    save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
+    save_card_and_pictures(args, accelerator, validate, state, info=info, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):

@@ -503,9 +503,9 @@ def run(args):
         **models.card_settings(args, schedule),
     }
     with average.applied():
-        save_lora(args, accelerator, family)
+        save_lora(args, accelerator, family, info=info, deployment=deployment)
         validate(state)
-        save_card_and_pictures(args, accelerator, validate, state, settings=settings, repo_id=repo_id)
+        save_card_and_pictures(args, accelerator, validate, state, info=info, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):

@@ -19,6 +19,7 @@ MAY_IMPORT["families"] = ["errors", "sources", *CORE]
 MAY_IMPORT["data"] = [*MAY_IMPORT["families"], "families", "rewards"]
 MAY_IMPORT["run"] = [*MAY_IMPORT["data"], "data"]
 MAY_IMPORT["evaluate"] = [*MAY_IMPORT["run"], "run"]
+MAY_IMPORT["convert"] = MAY_IMPORT["evaluate"]
 
 
 def imports(path: Path) -> set[str]:

@@ -294,7 +294,7 @@ def test_an_inner_epochs_minibatches_have_each_process_s_pairs_once_and_a_common
 
 @pytest.mark.parametrize("use_ema", [None, True])
 def test_saved_lora_in_a_fresh_pipeline_draws_what_training_drew_last(flags, tiny_pipeline_dir, use_ema):
-    changes = {"num_validation_images": 2, "validation_prompts": ["apple food"], "output_kohya_format": True}
+    changes = {"num_validation_images": 2, "validation_prompts": ["apple food"]}
     folder = run(flags(**changes, use_ema=use_ema))
     drawn = np.asarray(Image.open(folder / "validation" / "step-000004.png"))[1::3, :]
     drawn = [drawn[:, start : start + 96][:, 1::3] for start in (0, 98)]  # enlarged by 3, a gap of 2 pixels
@@ -316,7 +316,7 @@ def test_saved_lora_in_a_fresh_pipeline_draws_what_training_drew_last(flags, tin
         assert np.abs(base * 255 - expected).max() > 8
     assert Image.open(folder / "before_after.png").width > 2 * 2 * 96
     assert "num_inference_steps=4" in (folder / "README.md").read_text()
-    assert (folder / "pytorch_lora_weights_kohya.safetensors").is_file()
+    assert (folder / f"{folder.name}.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -694,7 +694,7 @@ def test_what_leaves_the_machine_is_the_result_file_by_file(
     (folder / "validation" / "step-000008.png").symlink_to(folder / "id_rsa")
     if is_here:
         monkeypatch.chdir(folder)
-    changes = {"num_validation_images": 1, "output_kohya_format": True, "checkpointing_steps": 1, "hub_token": "hf_S3"}
+    changes = {"num_validation_images": 1, "checkpointing_steps": 1, "hub_token": "hf_S3"}
     changes |= {"output_dir": "." if is_here else folder, "report_to": "tensorboard", "max_train_steps": 3}
     run(flags(push_to_hub=True, hub_model_id="panda", **changes))
     assert (folder / "checkpoint-2").is_dir() and (folder / "logs" / "pso_online").is_dir()
@@ -702,7 +702,7 @@ def test_what_leaves_the_machine_is_the_result_file_by_file(
     assert set(repository["files"]) == {
         "README.md",
         "pytorch_lora_weights.safetensors",
-        "pytorch_lora_weights_kohya.safetensors",
+        "out.safetensors",
         "before_after.png",
         "validation/step-000000.png",
         "validation/step-000003.png",

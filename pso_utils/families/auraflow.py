@@ -9,6 +9,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily
+from pso_utils.families.lora_export import ToolFormat
 
 
 class AuraFlow(FlowFamily):
@@ -20,6 +21,7 @@ class AuraFlow(FlowFamily):
     guidance_scales = GuidanceScales(off=1.0, most=1.0)
     max_sequence_length = 256
     card_tags = ["aura-flow"]
+    lora_format = ToolFormat("auraflow", "auraflow")
     lora_targets = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

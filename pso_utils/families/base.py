@@ -20,7 +20,7 @@ ones), flux.py (packed latents). It sets the class attributes below and defines
 and, where the pipeline differs: `_prompt_limit` (where prompts are cut off), `schedule_arguments` (what it passes to
 `set_timesteps`), `call_arguments`, `collate`, `latent_shape` and `unpack` (where the loop's latents are packed),
 `encode_images` and `decode_latents` (where the VAE's class is not in `families/vae.py`), `default_lora_targets` (where
-they depend on the model's size), `check_size` (`most_patches` in flow.py).
+they depend on the model's size), `check_size` (`most_patches` in flow.py), `lora_format` (where ComfyUI has the model).
 
 Beware of the double shift: where a pipeline passes no sigmas, FlowMatchEulerDiscreteScheduler makes them from its own,
 which a static `shift` has shifted, and shifts them again; the last step then starts from next to no noise.
@@ -54,6 +54,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
+from pso_utils.families.lora_export import ToolFormat
 from pso_utils.keyed_rng import keyed_seed
 from pso_utils.schedules import draws_global_noise
 
@@ -163,7 +164,7 @@ class Family(ABC):
     # values of these in its configuration: sizes that latents and embeddings depend on.
     conditioning_keys: ClassVar[tuple[str, ...]]
     upcasts_vae: ClassVar[bool] = False  # whether the pipeline decodes in float32 where its VAE says `force_upcast`
-    has_kohya_format: ClassVar[bool] = False  # whether its LoRA can be written with Kohya's keys, too
+    lora_format: ClassVar[ToolFormat | None] = None  # of other tools; None: none is known to read its LoRA
     batch_norm_eps: ClassVar[float | None] = None  # of AutoencoderKLFlux2's latents; None: its configuration's
 
     def __init__(
@@ -249,6 +250,11 @@ class Family(ABC):
     def default_lora_targets(cls, denoiser_config: dict) -> list[str]:
         """Where the LoRA goes unless told otherwise, in a denoiser of this configuration."""
         return cls.lora_targets
+
+    @classmethod
+    def tool_format(cls, denoiser_config: dict) -> ToolFormat | None:
+        """How other tools call a denoiser of this configuration and the layers of its LoRA."""
+        return cls.lora_format
 
     # ---- Shapes and schedules ----
 
@@ -463,9 +469,9 @@ class Family(ABC):
         """A context in which the denoiser is the base, without the LoRA of `add_lora`."""
         return lora.disabled(self.lora_layers)
 
-    def save_lora(self, folder, *, kohya: bool = False) -> None:
+    def save_lora(self, folder) -> None:
         """`lora.save_lora` of the denoiser."""
-        lora.save_lora(self.pipeline_class, self.denoiser_name, self.denoiser, folder, kohya=kohya)
+        lora.save_lora(self.pipeline_class, self.denoiser_name, self.denoiser, folder)
 
     @classmethod
     def read_lora(

@@ -7,6 +7,7 @@ from transformers import Mistral3Config, Mistral3Model
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import FlowFamily, ragged, unpadded_rows
+from pso_utils.families.lora_export import ToolFormat
 
 
 class ErnieImage(FlowFamily):
@@ -19,6 +20,7 @@ class ErnieImage(FlowFamily):
     unused_parts = ("pe", "pe_tokenizer")  # which rewrite prompts at random
     guidance_scales = GuidanceScales(off=1.0, most=1.0)
     card_tags = ["ernie-image"]
+    lora_format = ToolFormat("ernie-image", "ernie_image")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = ("in_channels", "text_in_dim")
     batch_norm_eps = 1e-5  # the pipeline's own, whatever the VAE's configuration says

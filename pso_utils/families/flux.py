@@ -8,6 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase,
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import PackedFamily, grid_positions, pack, unpack
+from pso_utils.families.lora_export import ToolFormat
 
 
 class Flux(PackedFamily):
@@ -20,6 +21,7 @@ class Flux(PackedFamily):
     guidance_scales = GuidanceScales(off=0.0, most=0.0, embedded=3.5)
     max_sequence_length = 512
     card_tags = ["flux"]
+    lora_format = ToolFormat("flux-1-schnell", "flux1")
     lora_targets = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
@@ -35,6 +37,11 @@ class Flux(PackedFamily):
     @classmethod
     def embeds_guidance(cls, denoiser_config: dict) -> bool:
         return denoiser_config["guidance_embeds"]
+
+    @classmethod
+    def tool_format(cls, denoiser_config: dict) -> ToolFormat:
+        name = "flux-1-dev" if cls.embeds_guidance(denoiser_config) else "flux-1-schnell"
+        return cls.lora_format._replace(architecture=name)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         prompt_embeds, pooled_prompt_embeds, _ = self.pipeline.encode_prompt(

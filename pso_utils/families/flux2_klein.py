@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import FlowFamily, chat_length, from_sequence, grid_positions, to_sequence
+from pso_utils.families.lora_export import ToolFormat
 
 
 class Flux2Klein(FlowFamily):
@@ -22,6 +23,17 @@ class Flux2Klein(FlowFamily):
     guidance_scales = GuidanceScales(off=1.0, most=1.0)
     max_sequence_length = 512
     card_tags = ["flux2-klein"]
+    lora_format = ToolFormat(
+        "flux-2-klein",
+        "flux2_klein",
+        renamed={
+            "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+            "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+            "single_stream_modulation.linear": "single_stream_modulation.lin",
+            "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+            "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        },
+    )
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"]
     conditioning_keys = ("in_channels", "joint_attention_dim")
 

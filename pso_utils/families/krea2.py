@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import PackedFamily, pack, ragged, unpack, without_padding
+from pso_utils.families.lora_export import ToolFormat
 
 
 class Krea2(PackedFamily):
@@ -17,6 +18,7 @@ class Krea2(PackedFamily):
     guidance_scales = GuidanceScales(off=0.0, most=0.0)
     max_sequence_length = 512
     card_tags = ["krea-2"]
+    lora_format = ToolFormat("krea-2", "krea2")
     lora_targets = [  # those of diffusers' own script; the layers of attention are the text fusion's, too
         "img_in",
         "final_layer.linear",

@@ -1,4 +1,4 @@
-"""The LoRA that is trained: added to a denoiser, turned off for the base, written for pipelines and Kohya's users."""
+"""The LoRA that is trained: added to a denoiser, turned off for the base, written for pipelines."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import (
     convert_state_dict_to_diffusers,
-    convert_state_dict_to_kohya,
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
@@ -22,14 +21,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.sources import check_exists, fetch_file, read_weights, split_source
-
-
-KOHYA_WEIGHT_NAME = "pytorch_lora_weights_kohya.safetensors"
 
 
 def check_lora_targets(denoiser: ModelMixin, target_modules: Sequence[str], default: Sequence[str]) -> None:
@@ -98,12 +93,9 @@ def disabled(layers: Sequence[BaseTunerLayer]) -> Iterator[None]:
             vars(layer)["_disable_adapters"] = False
 
 
-def save_lora(
-    pipeline_class: type[DiffusionPipeline], part: str, denoiser: ModelMixin, folder, *, kohya: bool = False
-) -> None:
+def save_lora(pipeline_class: type[DiffusionPipeline], part: str, denoiser: ModelMixin, folder) -> None:
     """Writes `pytorch_lora_weights.safetensors`, with rank and alpha in its metadata, as
-    `pipeline.load_lora_weights(folder)` reads it; `part` is the denoiser's name in the pipeline. With `kohya`, Kohya's
-    keys for ComfyUI and others in a second file, which `load_lora_weights(folder)` passes over.
+    `pipeline.load_lora_weights(folder)` reads it; `part` is the denoiser's name in the pipeline.
 
     Raises:
         UserError: it is not finite, or cannot be written; a file that was there stands as it did.
@@ -118,22 +110,16 @@ def save_lora(
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)  # where a file is, diffusers would log and write nothing
         pipeline_class.save_lora_weights(folder, **{f"{part}_lora_layers": state_dict}, **metadata)
-        if kohya:
-            weights = convert_state_dict_to_kohya({f"{part}.{key}": value for key, value in state_dict.items()})
-            alpha = torch.tensor(float(denoiser.peft_config["default"].lora_alpha))  # the converter writes the rank
-            weights = {key: alpha.clone() if key.endswith(".alpha") else value for key, value in weights.items()}
-            weights = {key: value.contiguous() for key, value in weights.items()}
-            save_file(weights, Path(folder, KOHYA_WEIGHT_NAME), metadata={"format": "pt"})
-        for name in (LORA_WEIGHT_NAME_SAFE, KOHYA_WEIGHT_NAME)[: 1 + kohya]:
-            Path(folder, name).chmod(0o666 & ~_umask())  # safetensors lets the owner alone read it
+        Path(folder, LORA_WEIGHT_NAME_SAFE).chmod(file_mode())  # safetensors lets the owner alone read it
     except (SafetensorError, OSError) as error:  # a full disk, for instance
         raise UserError(f"the LoRA cannot be written to {folder} ({first_line(error)}); make room there") from error
 
 
-def _umask() -> int:
+def file_mode() -> int:
+    """The permissions of a new file, by the umask."""
     umask = os.umask(0)
     os.umask(umask)
-    return umask
+    return 0o666 & ~umask
 
 
 def lora_file(source: str, cache_dir: str | None = None) -> str:
@@ -168,8 +154,9 @@ def lora_metadata(path: str) -> dict:
     return metadata
 
 
-def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
-    """Rank, alpha and target modules of the LoRA of `part` of the pipeline, from the metadata in its file.
+def read_lora_settings(path: str, *, part: str, flag: str = "--lora_path ") -> tuple[int, float, list[str]]:
+    """Rank, alpha and target modules of the LoRA of `part` of the pipeline, from the metadata in its file; `flag` is
+    what named it, for messages.
 
     Raises:
         UserError: it cannot be read, or its metadata is not that of one LoRA of `part` alone.
@@ -178,13 +165,13 @@ def read_lora_settings(path: str, *, part: str) -> tuple[int, float, list[str]]:
     try:
         settings = lora_metadata(path)
     except UserError as error:
-        raise UserError(f"--lora_path {error}: {remedy}") from error
+        raise UserError(f"{flag}{error}: {remedy}") from error
     own = {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
     if not own or len(own) < len(settings) or own.get("rank_pattern") or own.get("alpha_pattern"):
-        raise UserError(f"--lora_path {path} does not say rank, alpha and layers of one LoRA of the {part}: {remedy}")
+        raise UserError(f"{flag}{path} does not say rank, alpha and layers of one LoRA of the {part}: {remedy}")
     rank, alpha, targets = own.get("r"), own.get("lora_alpha"), own.get("target_modules")
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(targets, list):
-        raise UserError(f"--lora_path {path} has a rank, alpha or layers of another kind: {remedy}")
+        raise UserError(f"{flag}{path} has a rank, alpha or layers of another kind: {remedy}")
     return rank, alpha, targets
 
 

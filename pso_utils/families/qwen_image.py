@@ -11,6 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import PackedFamily, pack, ragged, unpack, without_padding
+from pso_utils.families.lora_export import ToolFormat
 
 
 class QwenImage(PackedFamily):
@@ -22,6 +23,7 @@ class QwenImage(PackedFamily):
     max_sequence_length = 512
     longest_sequence = 1024
     card_tags = ["qwen-image"]
+    lora_format = ToolFormat("qwen-image", "qwen_image")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = ("in_channels", "joint_attention_dim")
 

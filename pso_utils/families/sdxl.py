@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from pso_utils.families.base import Conditioning
+from pso_utils.families.lora_export import ToolFormat
 from pso_utils.families.unet import UNetFamily
 
 
@@ -18,6 +19,7 @@ class SDXL(UNetFamily):
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTextConfig),
     }
     card_tags = ["stable-diffusion-xl"]
+    lora_format = ToolFormat("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", is_kohya=True)
     conditioning_keys = (
         *UNetFamily.conditioning_keys,
         "addition_time_embed_dim",

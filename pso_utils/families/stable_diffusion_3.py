@@ -6,6 +6,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily
+from pso_utils.families.lora_export import ToolFormat
 
 
 class StableDiffusion3(FlowFamily):
@@ -21,6 +22,7 @@ class StableDiffusion3(FlowFamily):
     guidance_scales = GuidanceScales(off=0.0, most=1.0)
     max_sequence_length = 256
     card_tags = ["sd3", "sd3-diffusers"]
+    lora_format = ToolFormat("stable-diffusion-3", "sd3")
     lora_targets = [
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),

@@ -24,7 +24,6 @@ class UNetFamily(Family):
     card_dtype = "float16"
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
-    has_kohya_format = True
     addition_embed_type: ClassVar[str | None] = None  # of the UNet's configuration
     prompt_inputs: ClassVar[tuple[str, ...]] = ("prompt_embeds",)  # of the pipeline's call, as its encode_prompt gives
     added_conditions: ClassVar[dict[str, str]] = {}  # the model's added_cond_kwargs, and where they are

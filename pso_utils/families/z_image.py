@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily, chat_length, ragged, unpadded_rows
+from pso_utils.families.lora_export import ToolFormat
 
 
 class ZImage(FlowFamily):
@@ -16,6 +17,7 @@ class ZImage(FlowFamily):
     guidance_scales = GuidanceScales(off=0.0, most=0.0)
     max_sequence_length = 512
     card_tags = ["z-image"]
+    lora_format = ToolFormat("z-image", "z_image")
     lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
     conditioning_keys = ("in_channels", "cap_feat_dim")
 

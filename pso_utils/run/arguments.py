@@ -14,10 +14,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pso_utils.errors import UserError
+from pso_utils.families.lora_export import DEFAULT_SAVE_DTYPE, SAVE_DTYPES
 from pso_utils.families.quantize import QUANTIZATIONS
 from pso_utils.rewards import COMBINATIONS
 from pso_utils.run.accelerator import REWARD_DTYPES
@@ -239,7 +240,13 @@ def add_lora_arguments(parser: argparse.ArgumentParser):
     add("--lora_alpha", type=positive_float, help="Scale of the LoRA, as alpha / rank. Default: the rank.")
     add("--lora_target_modules", nargs="+", help="Names of the denoiser's layers that get LoRA. Default: the family's, "
         "for SDXL to_q to_k to_v to_out.0.")  # fmt: skip
-    add("--output_kohya_format", action="store_true", help="Also save the LoRA with Kohya's keys, for ComfyUI.")
+    add_save_dtype_argument(add)
+
+
+def add_save_dtype_argument(add: Callable):
+    add("--save_dtype", choices=SAVE_DTYPES, help="Precision of the LoRA for ComfyUI and others, which is written "
+        "beside the one for diffusers (that is float32). "
+        f"Default: {DEFAULT_SAVE_DTYPE}.")  # fmt: skip
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser):

@@ -398,6 +398,13 @@ def _manifest(checkpoint: Path) -> dict | None:
         return None
 
 
+def flags_of_run(folder) -> dict | None:
+    """The flags of the run that wrote the checkpoint `folder`, or the newest one in it; None where there is none."""
+    manifests = [_manifest(path) for path in (Path(folder), *_checkpoints(folder))]
+    newest = max(filter(None, manifests), key=lambda manifest: manifest["counter"], default=None)
+    return newest and newest["flags"]
+
+
 def _damage(checkpoint: Path, *, is_quick: bool = False) -> str | None:
     """What is wrong with a checkpoint; None if it is whole. With `is_quick`, only files that were changed after the
     manifest was written are hashed."""

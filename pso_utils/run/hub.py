@@ -10,14 +10,14 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from huggingface_hub import CommitOperationAdd, create_commit, create_repo, get_token, model_info
 
 from pso_utils.errors import UserError, first_line
-from pso_utils.families.lora import KOHYA_WEIGHT_NAME
+from pso_utils.families.lora_export import export_name
 
 
 def result_files(output_dir) -> list[str]:
     """What may leave the machine, by path: the hub's own filters are patterns whose `*` crosses folders. A link is left
     out, wherever it leads."""
     folder = Path(output_dir)
-    names = ["README.md", LORA_WEIGHT_NAME_SAFE, KOHYA_WEIGHT_NAME, "before_after.png"]
+    names = ["README.md", LORA_WEIGHT_NAME_SAFE, export_name(folder), "before_after.png"]
     pictures = sorted(path.name for path in (folder / "validation").glob("*.png"))
     names += [f"validation/{name}" for name in pictures if re.fullmatch(r"step-\d{6,}\.png", name)]
     return [name for name in names if (folder / name).is_file() and not (folder / name).is_symlink()]

@@ -12,7 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from pso_utils.families import Deployment, Family
 from pso_utils.families.base import step_noise_seed
 from pso_utils.families.loading import ModelSource
-from pso_utils.run.models import model_source
+from pso_utils.families.lora_export import export_name
+from pso_utils.run.comfyui import ComfySettings
+from pso_utils.run.models import base_model_name, model_source
 from pso_utils.schedules import draws_global_noise
 from pso_utils.sources import split_source
 
@@ -124,6 +126,7 @@ def save_model_card(
     hub_model_id: str | None = None,
     training: Mapping[str, object] | None = None,
     images: Sequence[tuple[str, str]] = (),
+    comfy: ComfySettings | None = None,
 ) -> Path:
     """Writes `output_dir/README.md`.
 
@@ -134,13 +137,14 @@ def save_model_card(
             the card loads it from `output_dir`.
         training: settings of the run (reward, beta, learning rate, steps ...), written as a table in this order.
         images: (caption, file name relative to `output_dir`) of validation images.
+        comfy: how ComfyUI draws so; None: it has no such model.
     """
     source = model_source(args)
     base_model, lora = source.pretrained_model_name_or_path, hub_model_id or str(args.output_dir)
     on_hub = not Path(base_model).expanduser().exists()
     snippet = usage_snippet(source, family, deployment, lora=lora, prompt=prompt, is_public=hub_model_id is not None)
-    if hub_model_id is not None and not on_hub:
-        base_model = Path(base_model).expanduser().resolve().name
+    if hub_model_id is not None:
+        base_model = base_model_name(args)
     data = ModelCardData(
         library_name="diffusers",
         base_model=base_model if on_hub else None,  # the hub takes ids only
@@ -156,10 +160,17 @@ def save_model_card(
         f"## Use\n\n```python\n{snippet}\n```",
         *([family.card_note] if family.card_note else []),
     ]
+    if comfy is not None:
+        name = export_name(args.output_dir)
+        sections.append(f"## ComfyUI\n\nPut `{name}` into `models/loras`, and set\n\n{_table(comfy.shown())}")
     if training:
-        rows = "\n".join(f"| {name} | {value} |" for name, value in training.items())
-        sections.append(f"## Training\n\n| setting | value |\n|---|---|\n{rows}")
+        sections.append(f"## Training\n\n{_table(training)}")
     card = populate_model_card(ModelCard("\n\n".join(sections) + "\n"), tags=[*TAGS, *family.card_tags])
     path = Path(args.output_dir, "README.md")
     card.save(path)
     return path
+
+
+def _table(values: Mapping[str, object]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    return f"| setting | value |\n|---|---|\n{rows}"

@@ -62,6 +62,12 @@ def model_source(args: argparse.Namespace) -> ModelSource:
     )
 
 
+def base_model_name(args: argparse.Namespace) -> str:
+    """The pipeline's hub id, or a local folder's name without its path."""
+    path = Path(args.pretrained_model_name_or_path).expanduser()
+    return path.resolve().name if path.exists() else args.pretrained_model_name_or_path
+
+
 def check_model(args: argparse.Namespace) -> ModelInfo:
     """What the model's files tell, after checking the flags that depend on it, before it is loaded.
 
@@ -82,10 +88,8 @@ def _check_family_flags(args: argparse.Namespace, family: type[Family]) -> None:
         raise UserError(f"--max_sequence_length: a {name} takes none: drop it")
     if args.max_sequence_length is not None and args.max_sequence_length > family.longest_sequence:
         raise UserError(f"--max_sequence_length: a {name} takes at most {family.longest_sequence}")
-    if getattr(args, "output_kohya_format", False) and not family.has_kohya_format:
-        raise UserError(
-            f"--output_kohya_format: the LoRA of a {name} has no Kohya keys (ComfyUI reads it as it is): drop the flag"
-        )
+    if getattr(args, "save_dtype", None) and family.lora_format is None:
+        raise UserError(f"--save_dtype is for other tools, none of which is known to read a LoRA of a {name}: drop it")
 
 
 def check_lora(args: argparse.Namespace, info: ModelInfo) -> list[str]:

@@ -22,7 +22,7 @@ MAY_DIFFER = frozenset(
     checkpointing_steps checkpointing_minutes checkpoints_total_limit validation_steps validation_prompts
     num_validation_images early_stopping_patience dataloader_num_workers
     offload vae_batch_size reward_batch_size gradient_checkpointing
-    enable_vae_tiling output_kohya_format max_tie_epochs
+    enable_vae_tiling save_dtype max_tie_epochs
     """.split()
 )
 # References and the denoising objective's samples are drawn by the deployment; elsewhere it is what is validated.

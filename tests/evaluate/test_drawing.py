@@ -13,8 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from pso_utils.evaluate.plan import noise_seed
-from pso_utils.families.loading import ModelSource, load_pipeline
-from pso_utils.families.lora import KOHYA_WEIGHT_NAME, load_lora
+from pso_utils.families.lora_export import export_lora
 from pso_utils.families.sdxl import SDXL
 
 
@@ -61,11 +60,10 @@ def test_loras_of_the_text_encoders_and_with_kohyas_keys_are_loaded_whole(shared
     pipeline.text_encoder.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
     layers = {key: 5 * value for key, value in get_peft_model_state_dict(pipeline.text_encoder).items()}
     pipeline.save_lora_weights(tmp_path / "text", text_encoder_lora_layers=layers)
-    family = SDXL(load_pipeline(ModelSource(TURBO)))
-    family.add_lora(rank=4)
-    load_lora(family.denoiser, "unet", shared / "a")
-    family.save_lora(tmp_path / "kohya", kohya=True)
-    loras = {"text": tmp_path / "text", "kohya": tmp_path / "kohya" / KOHYA_WEIGHT_NAME, "a": shared / "a"}
+    settings = {"part": "unet", "save_dtype": "fp32", "details": {}}
+    source = shared / "a" / "pytorch_lora_weights.safetensors"
+    export_lora(source, tmp_path / "kohya.safetensors", SDXL.lora_format, **settings)
+    loras = {"text": tmp_path / "text", "kohya": tmp_path / "kohya.safetensors", "a": shared / "a"}
     more = [flag for name, path in loras.items() for flag in ("--lora", f"{name}={path}")]
     run(shared, tmp_path / "out", *more, "--max_prompts", 2)
     np.testing.assert_allclose(pixels(tmp_path / "out", "kohya"), pixels(tmp_path / "out", "a"), atol=1)

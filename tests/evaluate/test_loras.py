@@ -12,7 +12,7 @@ from pso_utils.families.loading import ModelSource, empty_parts, load_pipeline, 
 
 
 def test_one_of_several_files_can_be_named_and_training_folders_are_unambiguous(shared, tmp_path):
-    save_file({"x": torch.zeros(1)}, tmp_path / "pytorch_lora_weights_kohya.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "run.safetensors")
     shutil.copy(shared / "a" / "pytorch_lora_weights.safetensors", tmp_path)
     assert find_lora(f"x={tmp_path}").lora == str(tmp_path / "pytorch_lora_weights.safetensors")
     assert find_lora("x=me/mine:my.safetensors").lora == "me/mine:my.safetensors"

@@ -153,27 +153,22 @@ def test_saved_lora_draws_the_same_images_in_a_fresh_pipeline(tiny_pipeline_dir,
     randomize_lora(family.denoiser)
     expected = draw(family.pipeline)
     assert np.abs(expected - base).max() > 1e-3
-    family.save_lora(tmp_path / "new" / "folder", kohya=True)
+    family.save_lora(tmp_path / "new" / "folder")
     fresh = plain_pipeline(tiny_pipeline_dir)
-    for settings in ({}, {"weight_name": lora.KOHYA_WEIGHT_NAME}):
-        fresh.load_lora_weights(str(tmp_path / "new" / "folder"), **settings)
-        assert np.array_equal(draw(fresh), expected)
-        fresh.unload_lora_weights()
+    fresh.load_lora_weights(str(tmp_path / "new" / "folder"))
+    assert np.array_equal(draw(fresh), expected)
 
 
-def test_saved_lora_files_hold_every_weight_in_float32(tmp_path, tiny_pipeline_dir):
+def test_saved_lora_file_holds_every_weight_in_float32(tmp_path, tiny_pipeline_dir):
     family = SDXL(load_pipeline(ModelSource(tiny_pipeline_dir), weight_dtype=torch.bfloat16))
     family.add_lora(rank=4, lora_alpha=8)
     randomize_lora(family.denoiser)
-    family.save_lora(tmp_path, kohya=True)
+    family.save_lora(tmp_path)
     saved = load_file(tmp_path / WEIGHT_NAME)
     state_dict = get_peft_model_state_dict(family.denoiser)
     assert {value.dtype for value in saved.values()} == {torch.float32}
     assert saved.keys() == {f"unet.{key}" for key in state_dict}
     assert all(torch.equal(saved[f"unet.{key}"], value) for key, value in state_dict.items())
-    kohya = load_file(tmp_path / lora.KOHYA_WEIGHT_NAME)
-    assert all(key.startswith("lora_unet_") for key in kohya) and len(kohya) == len(saved) * 3 // 2
-    assert {float(value) for key, value in kohya.items() if key.endswith(".alpha")} == {8}
 
 
 def test_rank_alpha_and_targets_are_in_the_metadata(tmp_path, family):
@@ -187,12 +182,11 @@ def test_rank_alpha_and_targets_are_in_the_metadata(tmp_path, family):
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
-@pytest.mark.parametrize("kohya", [False, True])
-def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path, family, folder, kohya):
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path, family, folder):
     (tmp_path / "file").write_text("mine")
     family.add_lora(rank=2)
     with pytest.raises(UserError, match="the LoRA cannot be written to .*; make room there") as info:
-        family.save_lora(tmp_path / folder, kohya=kohya)
+        family.save_lora(tmp_path / folder)
     assert str(tmp_path / folder) in one_line(info)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -200,18 +194,14 @@ def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path, family, folder, ko
 @pytest.mark.parametrize(
     "error", [SafetensorError("I/O error: No space left on device\nmore"), OSError(28, "No space")]
 )
-@pytest.mark.parametrize("writer", ["diffusers", "kohya"])
-def test_a_full_disk_is_one_clear_error(tmp_path, family, monkeypatch, error, writer):
+def test_a_full_disk_is_one_clear_error(tmp_path, family, monkeypatch, error):
     def write(*arguments, **settings):
         raise error
 
-    if writer == "diffusers":
-        monkeypatch.setattr(StableDiffusionXLPipeline, "save_lora_weights", write)
-    else:
-        monkeypatch.setattr(lora, "save_file", write)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "save_lora_weights", write)
     family.add_lora(rank=2)
     with pytest.raises(UserError, match="the LoRA cannot be written to .*No space.*; make room there") as info:
-        family.save_lora(tmp_path, kohya=True)
+        family.save_lora(tmp_path)
     one_line(info)
 
 

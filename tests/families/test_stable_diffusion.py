@@ -11,12 +11,11 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
-from family_inputs import PROMPTS, SIZE, batch, draw, generators, one_line, randomize_lora, record_calls
+from family_inputs import PROMPTS, SIZE, batch, draw, generators, one_line, record_calls
 
 from pso_utils.errors import UserError
 from pso_utils.families import Deployment
 from pso_utils.families.loading import ModelSource, load_pipeline, read_model_info
-from pso_utils.families.lora import KOHYA_WEIGHT_NAME
 from pso_utils.families.stable_diffusion import LatentConsistency, StableDiffusion
 from pso_utils.mdp import sample_trajectory
 from pso_utils.schedules import make_schedule
@@ -130,7 +129,7 @@ def test_sdxl_parts_are_one_clear_error(folder, tiny_pipeline_dir):
     one_line(info)
 
 
-# ---- VAE and LoRA ----
+# ---- VAE ----
 
 
 def test_the_vae_keeps_its_dtype(folder):
@@ -142,14 +141,3 @@ def test_the_vae_keeps_its_dtype(folder):
     family.vae_batch_size = 2
     assert all(map(np.array_equal, family.decode_latents(latents), expected))
     assert pipeline.vae.dtype == torch.bfloat16
-
-
-def test_the_lora_is_loaded_from_kohyas_keys_too(folder, tmp_path):
-    family = StableDiffusion(load_pipeline(ModelSource(folder)))
-    family.add_lora(rank=2, lora_alpha=3.0)
-    randomize_lora(family.denoiser)
-    family.save_lora(tmp_path, kohya=True)
-    pipeline = plain(StableDiffusionPipeline, folder)
-    base = draw(pipeline)
-    pipeline.load_lora_weights(tmp_path, weight_name=KOHYA_WEIGHT_NAME)
-    assert np.array_equal(draw(pipeline), draw(family.pipeline)) and not np.allclose(draw(pipeline), base, atol=0.01)

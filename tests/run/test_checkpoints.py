@@ -18,12 +18,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 
 import train_pso_online
 from pso_utils.errors import UserError
 from pso_utils.families.loading import ModelSource, load_pipeline
 from pso_utils.families.lora import checksum
+from pso_utils.families.lora_export import export_lora
 from pso_utils.families.sdxl import SDXL
 from pso_utils.run.checkpoints import Checkpoints, TrainingState, check_checkpoint_lora, find_checkpoint, read_state
 from pso_utils.run.result import save_lora
@@ -420,7 +422,7 @@ def test_a_lora_that_is_not_finite_is_no_checkpoint_and_the_latest_one_is_named(
     tiny_pipeline_dir, output_dir, tmp_path
 ):
     run = Run(tiny_pipeline_dir, output_dir)
-    run.family.save_lora(output_dir, kohya=True)
+    run.family.save_lora(output_dir)
     before = {path: path.read_bytes() for path in output_dir.glob("*.safetensors")}
     with torch.no_grad():
         run.parameters[3].view(-1)[5] = float("nan")
@@ -428,10 +430,10 @@ def test_a_lora_that_is_not_finite_is_no_checkpoint_and_the_latest_one_is_named(
         run.save(6)
     assert "\n" not in str(error.value) and find_checkpoint(output_dir, "latest").name == "checkpoint-4"
     with pytest.raises(UserError, match="the LoRA is not finite.*the latest checkpoint is checkpoint-4"):
-        save_lora(flags(output_dir, output_kohya_format=True), run.accelerator, run.family)
+        save_lora(flags(output_dir), run.accelerator, run.family, info=None, deployment=None)
     with pytest.raises(UserError, match="the LoRA is not finite.*no checkpoint"):
-        save_lora(flags(tmp_path / "new", output_kohya_format=True), run.accelerator, run.family)
-    assert len(before) == 2 and all(path.read_bytes() == content for path, content in before.items())
+        save_lora(flags(tmp_path / "new"), run.accelerator, run.family, info=None, deployment=None)
+    assert len(before) == 1 and all(path.read_bytes() == content for path, content in before.items())
     assert not (tmp_path / "new").exists()
 
 
@@ -441,7 +443,9 @@ def test_files_get_their_mode_from_the_umask(tiny_pipeline_dir, tmp_path, umask,
     try:
         run = Run(tiny_pipeline_dir, tmp_path)
         checkpoint = run.save(1)
-        run.family.save_lora(tmp_path, kohya=True)
+        run.family.save_lora(tmp_path)
+        settings = {"part": "unet", "save_dtype": "fp16", "details": {}}
+        export_lora(checkpoint / LORA_WEIGHT_NAME_SAFE, tmp_path / "tool.safetensors", SDXL.lora_format, **settings)
         assert os.umask(umask) == umask
     finally:
         os.umask(before)

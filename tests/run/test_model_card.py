@@ -64,7 +64,7 @@ def test_snippet_draws_what_the_trained_pipeline_draws(tiny_pipeline_dir, tmp_pa
     family = SDXL(load_pipeline(model_source(args)))
     family.add_lora(rank=4, lora_alpha=8)
     randomize_lora(family.denoiser)
-    family.save_lora(tmp_path, kohya=True)
+    family.save_lora(tmp_path)
     readme = save_model_card(args, family, DEPLOYMENTS[name], prompt=PROMPT)
     assert_same_image(run_snippet(readme), expected_image(family.pipeline, DEPLOYMENTS[name]))
 
