@@ -2,9 +2,11 @@
 
 import ast
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from script_runs import ROOT
 
 
@@ -73,3 +75,8 @@ def test_setup_names_every_package_that_is_imported():
                 and node.arg == "install_requires"]  # fmt: skip
     required = {re.match(r"[\w-]+", text)[0].lower().replace("-", "_") for text in ast.literal_eval(setup.value)}
     assert needed <= required, f"setup.py does not name {sorted(needed - required)}"
+
+
+def test_the_fsspec_that_is_installed_is_none_that_runs_code_of_a_reference_file_system():
+    (floor,) = re.findall(r'"fsspec>=([\d.]+)"', (ROOT / "setup.py").read_text())
+    assert Version("2026.6") <= Version(floor) <= Version(version("fsspec"))

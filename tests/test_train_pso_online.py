@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -747,6 +748,8 @@ def test_an_upload_that_fails_says_how_to_make_up_for_it_without_the_token(flags
         with pytest.raises(UserError) as error:
             call()
         assert "connection lost with *** and ***" in str(error.value) and "\n" not in str(error.value)
+        shown = "".join(traceback.format_exception(error.value))  # where something else shows it with its cause
+        assert "hf_given" not in shown and "hf_environment" not in shown
         assert error.value.__suppress_context__
         if "hf upload" in str(error.value):
             assert f"hf upload me/panda {args.output_dir} . --include README.md" in str(error.value)
