@@ -9,7 +9,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class AuraFlow(FlowFamily):

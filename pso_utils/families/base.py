@@ -54,7 +54,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pso_utils.errors import UserError
 from pso_utils.families import lora, vae
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 from pso_utils.keyed_rng import keyed_seed
 from pso_utils.schedules import draws_global_noise
 

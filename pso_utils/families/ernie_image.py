@@ -7,7 +7,7 @@ from transformers import Mistral3Config, Mistral3Model
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import FlowFamily, ragged, unpadded_rows
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class ErnieImage(FlowFamily):

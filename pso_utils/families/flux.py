@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerBase,
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import PackedFamily, grid_positions, pack, unpack
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class Flux(PackedFamily):

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import FlowFamily, chat_length, from_sequence, grid_positions, to_sequence
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class Flux2Klein(FlowFamily):

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3VLConfig, Qwen3VLModel
 from pso_utils.errors import UserError
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import PackedFamily, pack, ragged, unpack, without_padding
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class Krea2(PackedFamily):

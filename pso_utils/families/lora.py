@@ -4,9 +4,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -25,6 +26,17 @@ from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
 from pso_utils.sources import check_exists, fetch_file, read_weights, split_source
+
+
+class ToolFormat(NamedTuple):
+    """How other tools call a family, and the layers of its LoRA: see lora_export.py."""
+
+    architecture: str  # in ModelSpec, without the "/lora"
+    base_version: str  # Kohya's `ss_base_model_version`
+    # Kohya's names and an alpha for each layer; else diffusers' own names, which ComfyUI reads for transformers
+    is_kohya: bool = False
+    # Layers that ComfyUI does not know by diffusers' name: that -> the one in its own model
+    renamed: Mapping[str, str] = {}
 
 
 def check_lora_targets(denoiser: ModelMixin, target_modules: Sequence[str], default: Sequence[str]) -> None:

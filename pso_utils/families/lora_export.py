@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -15,23 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
-from pso_utils.families.lora import file_mode, read_lora_settings
+from pso_utils.families.lora import ToolFormat, file_mode, read_lora_settings
 from pso_utils.sources import read_weights
 
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_SAVE_DTYPE = "fp16"
-
-
-class ToolFormat(NamedTuple):
-    """How other tools call a family, and the layers of its LoRA."""
-
-    architecture: str  # in ModelSpec, without the "/lora"
-    base_version: str  # Kohya's `ss_base_model_version`
-    # Kohya's names and an alpha for each layer; else diffusers' own names, which ComfyUI reads for transformers
-    is_kohya: bool = False
-    # Layers that ComfyUI does not know by diffusers' name: that -> the one in its own model
-    renamed: Mapping[str, str] = {}
 
 
 def export_name(output_dir) -> str:

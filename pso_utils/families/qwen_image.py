@@ -11,7 +11,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from pso_utils.families.base import Conditioning, Deployment, GuidanceScales
 from pso_utils.families.flow import PackedFamily, pack, ragged, unpack, without_padding
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class QwenImage(PackedFamily):

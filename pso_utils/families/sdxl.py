@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from pso_utils.families.base import Conditioning
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 from pso_utils.families.unet import UNetFamily
 
 

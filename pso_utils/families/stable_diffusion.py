@@ -2,7 +2,7 @@
 
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler, StableDiffusionPipeline
 
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 from pso_utils.families.unet import UNetFamily
 
 

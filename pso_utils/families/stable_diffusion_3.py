@@ -6,7 +6,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class StableDiffusion3(FlowFamily):

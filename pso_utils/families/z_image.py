@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 
 from pso_utils.families.base import Conditioning, GuidanceScales
 from pso_utils.families.flow import FlowFamily, chat_length, ragged, unpadded_rows
-from pso_utils.families.lora_export import ToolFormat
+from pso_utils.families.lora import ToolFormat
 
 
 class ZImage(FlowFamily):
