@@ -31,7 +31,7 @@ def exit_code(program: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("number", interruption.SIGNALS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_a_program_at_once_unless_a_loop_reads_it(number):
     def at_once():
         with one_line_errors(__file__):
