@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from PIL import Image
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -161,6 +163,21 @@ def run_killed_and_resumed(script: str, flags: list[str], folder: Path, events: 
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=570,
     )
+
+
+@contextmanager
+def interrupted_at(monkeypatch, picture: str) -> Iterator[None]:
+    """Within this, a run is interrupted where it would save the validation's `picture`."""
+    save = Image.Image.save
+
+    def interrupt(self, path, **settings):
+        if picture in str(path):  # or a file object
+            raise KeyboardInterrupt
+        save(self, path, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", interrupt)
+        yield
 
 
 def two_processes(script: str, flags: list[str], *, python_path: Sequence[Path] = ()):

@@ -190,6 +190,13 @@ def test_the_state_of_local_files_changes_when_one_is_saved_anew(tmp_path):
     assert source_state(None) is None
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "tokenizer/chat_template.jinja", "tokenizer/merges.txt"])
+def test_the_state_of_a_folder_has_its_configurations_tokenizers_and_their_template(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert [entry[0] for entry in source_state(str(tmp_path))] == [name]
+
+
 def test_the_state_of_a_hubs_model_is_its_commit(tmp_path):
     def download(commit, name, reference="main"):
         repo = tmp_path / "models--me--mine"

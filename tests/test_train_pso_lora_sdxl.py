@@ -33,6 +33,7 @@ from script_runs import (
     between_backward_calls,
     cuda_synchronizations_are_errors,
     error_line,
+    interrupted_at,
     metrics,
     readme_flags,
     run_killed_and_resumed,
@@ -696,6 +697,19 @@ def test_a_signal_to_all_processes_ends_at_the_step_with_a_checkpoint(flags, tmp
     folder = run(flags(resume_from_checkpoint="latest", **changes))
     assert (folder / "checkpoint-4").is_dir()
     assert_same_run(folder, whole)
+
+
+def test_a_checkpoint_is_written_before_the_validation_of_its_step_which_a_resumed_run_makes_up_for(
+    flags, tmp_path, monkeypatch
+):
+    changes = {"checkpointing_steps": 2, "validation_steps": 2, "num_validation_images": 1, "max_train_steps": 3}
+    changes |= {"validation_prompts": ["apple food"]}
+    picture = tmp_path / "out" / "validation" / "step-000002.png"
+    with interrupted_at(monkeypatch, picture.name):
+        run(flags(**changes))
+    assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").is_file() and not picture.exists()
+    run(flags(resume_from_checkpoint="latest", **changes))
+    assert picture.exists() and [line["step"] for line in metrics(tmp_path / "out")] == [1, 2, 3]
 
 
 @pytest.mark.slow

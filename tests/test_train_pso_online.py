@@ -1,5 +1,6 @@
 """The online script end to end, on a tiny random SDXL pipeline."""
 
+import errno
 import json
 import os
 import re
@@ -8,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from script_runs import (
     between_backward_calls,
     cuda_synchronizations_are_errors,
     error_line,
+    interrupted_at,
     metrics,
     readme_flags,
     run_killed_and_resumed,
@@ -399,17 +400,9 @@ def test_a_checkpoint_is_written_before_the_validation_of_its_step(flags, tmp_pa
     changes = {"checkpointing_steps": 2, "validation_steps": 2, "num_validation_images": 1}
     changes |= {"validation_prompts": ["apple food"]}
     whole, half = run(flags(output_dir=tmp_path / "whole", **changes)), tmp_path / "half"
-    save = Image.Image.save
-
-    def interrupt(self, path, **settings):
-        if "step-000002" in str(path):
-            raise KeyboardInterrupt
-        save(self, path, **settings)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", interrupt)
-        run(flags(output_dir=half, **changes))
     picture = Path("validation", "step-000002.png")
+    with interrupted_at(monkeypatch, picture.name):
+        run(flags(output_dir=half, **changes))
     assert (half / "checkpoint-2" / "manifest.json").is_file() and not (half / picture).exists()
     run(flags(output_dir=half, resume_from_checkpoint="latest", **changes))
     assert_same_run(half, whole)
@@ -466,6 +459,16 @@ def test_nothing_is_written_over_an_earlier_run(flags, capsys, caplog):
         before = files(folder)
 
 
+def test_a_longer_run_does_not_begin_anew_over_a_result_whose_checkpoints_are_gone(flags, capsys):
+    folder = run(flags(max_train_steps=2, checkpointing_steps=2))
+    shutil.rmtree(folder / "checkpoint-2")
+    before = files(folder)
+    with pytest.raises(SystemExit) as stop:
+        run(flags(max_train_steps=4, resume_from_checkpoint="latest"))
+    assert stop.value.code == 2 and files(folder) == before
+    assert "has the result of a finished run of 2 steps: pass another one" in error_line(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     "number, exit_code, event",
     [
@@ -512,6 +515,21 @@ def test_a_signal_before_anything_is_learnt_ends_the_run_and_leaves_the_folder_f
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
 
 
+def test_a_signal_while_sampling_does_not_wait_for_the_rest_of_the_epoch(flags, monkeypatch):
+    plain, calls = train_pso_online.sample, []
+
+    def sample(*args, **settings):
+        calls.append(1)
+        if len(calls) == 3:  # the first of two batches of the second epoch
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args, **settings)
+
+    monkeypatch.setattr(train_pso_online, "sample", sample)
+    with pytest.raises(SystemExit) as stop:
+        run(flags())
+    assert stop.value.code == 143 and len(calls) == 3
+
+
 @pytest.mark.parametrize("is_folder_gone", [False, True])
 def test_a_run_that_an_exception_ends_leaves_its_lora(flags, tmp_path, monkeypatch, caplog, is_folder_gone):
     def fail(*args):
@@ -530,6 +548,23 @@ def test_a_run_that_an_exception_ends_leaves_its_lora(flags, tmp_path, monkeypat
     folder = Path(line.split(" is in ")[1])
     assert folder.parent == tmp_path and (folder == tmp_path / "out") != is_folder_gone
     assert all(value.abs().sum() > 0 for value in weights(folder).values())
+
+
+def test_a_run_that_cannot_write_a_checkpoint_leaves_its_lora(flags, tmp_path, monkeypatch, capsys):
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(target).name.startswith("checkpoint-"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(SystemExit) as stop:
+        run(flags(checkpointing_steps=2))
+    assert stop.value.code == 2
+    error = error_line(capsys.readouterr().err)
+    assert "checkpoint-2 is not written: " in error and "No space left" in error and "no checkpoint before" in error
+    assert all(value.abs().sum() > 0 for value in weights(tmp_path / "out").values())
 
 
 def test_a_resumed_run_lists_what_differs_and_goes_on_for_longer(flags, tmp_path, caplog):
@@ -748,9 +783,7 @@ def test_an_upload_that_fails_says_how_to_make_up_for_it_without_the_token(flags
         with pytest.raises(UserError) as error:
             call()
         assert "connection lost with *** and ***" in str(error.value) and "\n" not in str(error.value)
-        shown = "".join(traceback.format_exception(error.value))  # where something else shows it with its cause
-        assert "hf_given" not in shown and "hf_environment" not in shown
-        assert error.value.__suppress_context__
+        assert error.value.__suppress_context__ and error.value.__cause__ is None
         if "hf upload" in str(error.value):
             assert f"hf upload me/panda {args.output_dir} . --include README.md" in str(error.value)
 

@@ -356,10 +356,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def _rotate(newest: Path, total_limit: int | None) -> None:
-    for leftover in newest.parent.glob(f"checkpoint-*{_PARTIAL_SUFFIX}"):  # of a run that was killed while it wrote
-        shutil.rmtree(leftover)
-    for leftover in newest.parent.glob(f"checkpoint-*{_REPLACED_SUFFIX}"):
-        _remove_own_files(leftover)
+    for leftover in newest.parent.glob("checkpoint-*"):  # of a run that was killed while it wrote
+        if re.fullmatch(rf"checkpoint-\d+({_PARTIAL_SUFFIX}|{_REPLACED_SUFFIX})", leftover.name) and leftover.is_dir():
+            _remove_own_files(leftover)
     if total_limit is not None:
         # damaged ones go first, then the oldest
         others = [path for path in _checkpoints(newest.parent) if path != newest and _is_own(path)]

@@ -19,6 +19,7 @@ from pso_utils.data.images import (
     draw_noise,
     draw_reference_uniform,
     draw_timestep_uniform,
+    image_size,
     pixels_of,
     to_rgb,
     transform_pair,
@@ -203,13 +204,15 @@ def test_what_is_no_regular_file_is_a_broken_image(tmp_path, kind):
     str(caught.value).encode()  # can be printed
 
 
-def test_formats_are_those_of_pictures_alone(monkeypatch):
+def test_formats_are_those_of_pictures_alone(tmp_path, monkeypatch):
     """Pillow starts Ghostscript for EPS."""
     eps = encode(gradient(4, 4), "EPS")
     monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("Ghostscript is started"))
     for data in (eps, encode(gradient(4, 4), "PCX"), encode(gradient(4, 4), "TGA")):
-        with pytest.raises(BrokenImage, match="not an image that Pillow reads as one of .*JPEG.*PNG"):
-            decode_image(data)
+        (tmp_path / "a.png").write_bytes(data)
+        for read, source in ((decode_image, data), (image_size, "a.png")):
+            with pytest.raises(BrokenImage, match="not an image that Pillow reads as one of .*JPEG.*PNG"):
+                read(source, [tmp_path])
 
 
 def test_too_many_pixels_are_a_broken_image(monkeypatch):
@@ -219,6 +222,12 @@ def test_too_many_pixels_are_a_broken_image(monkeypatch):
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decoded"))
     with pytest.raises(BrokenImage, match="a.png: 10 x 11 pixels are more than 100"):
         decode_image({"bytes": data, "path": "a.png"})
+
+
+def test_the_limit_of_pixels_is_below_pillows_own():
+    size = (12_000, 12_000)  # 0.4 GB as RGB; Pillow refuses 179 million pixels
+    with pytest.warns(Image.DecompressionBombWarning), pytest.raises(BrokenImage, match="more than 134217728"):
+        decode_image(encode(Image.new("1", size)))
 
 
 def test_an_image_for_which_memory_runs_out_is_broken(monkeypatch):
@@ -243,6 +252,7 @@ def test_a_long_thin_image_takes_little_memory(monkeypatch):
 
     def record(self, size, *args, **kwargs):
         sizes.append(size)
+        assert size == (1024, 1024)  # before the memory is taken
         return resize(self, size, *args, **kwargs)
 
     monkeypatch.setattr(Image.Image, "resize", record)

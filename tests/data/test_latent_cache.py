@@ -178,11 +178,11 @@ def test_another_data_set_model_or_size_empties_the_cache(family, pairs, tmp_pat
     other_pairs = load_pairs(tmp_path / "datasets", write_pairs(tmp_path / "others", first_seed=100))
     other_family = SDXL(build_pipeline(seed=1))
     other_family.origin = {"pretrained_model_name_or_path": [["vae/model.safetensors", 1, 2]]}
-    changes = [
+    changes = [  # one thing at a time
         (family, pairs, {}),
         (other_family, pairs, {}),
-        (family, other_pairs, {}),
-        (family, pairs, {"resolution": 24}),
+        (other_family, other_pairs, {}),
+        (other_family, other_pairs, {"resolution": 24}),
     ]
     for number, (each_family, source, size) in enumerate(changes):
         for changed in (True, False):

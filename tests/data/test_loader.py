@@ -302,12 +302,13 @@ def test_a_zipped_folder_of_images_is_read(tmp_path, streaming):
     assert sorted(captions_of(read(make_loader(source)))) == ["drawing a", "drawing b", "drawing c"]
 
 
+@pytest.mark.parametrize("where", ["decode_image", "transform_pair"])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bug_in_a_worker_is_no_broken_image(pickapic, load, monkeypatch, num_workers):
+def test_a_bug_in_a_worker_is_no_broken_image(pickapic, load, monkeypatch, num_workers, where):
     def bug(*args, **settings):
         raise AttributeError("a bug of ours")
 
-    monkeypatch.setattr("pso_utils.data.loader.transform_pair", bug)
+    monkeypatch.setattr(f"pso_utils.data.loader.{where}", bug)
     with pytest.raises(AttributeError, match="a bug of ours"):
         read(make_loader(load(pickapic), num_workers=num_workers, skip_broken_images=True))
 

@@ -21,6 +21,7 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.optimization import get_scheduler
 
+import train_pso_lora_sdxl
 import train_pso_online
 from pso_utils.errors import UserError
 from pso_utils.families.loading import ModelSource, load_pipeline
@@ -339,6 +340,28 @@ def test_a_run_killed_while_it_writes_leaves_no_checkpoint(tiny_pipeline_dir, ou
     assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tiny_pipeline_dir, output_dir, monkeypatch):
+    """A rename may otherwise outlive what it names."""
+    run = Run(tiny_pipeline_dir, output_dir)
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def record_sync(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(output_dir).as_posix())
+        fsync(handle)
+
+    def record_replace(source, target):
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    checkpoint = run.save(6)
+    assert events[events.index("rename") + 1 :] == ["."]
+    partial = "checkpoint-6.partial"
+    expected = {partial, *(f"{partial}/{path.name}" for path in checkpoint.iterdir())}
+    assert len(expected) == 4 and set(events[: events.index("rename")]) == expected
+
+
 @pytest.mark.parametrize("size", [100, 20_000], ids=["the LoRA", "the optimizer"])
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(tiny_pipeline_dir, output_dir, size):
     run = Run(tiny_pipeline_dir, output_dir, checkpoints_total_limit=1)
@@ -399,6 +422,19 @@ def test_rotation_removes_what_it_wrote_and_nothing_else(tiny_pipeline_dir, outp
     assert len(list(elsewhere.iterdir())) == 3
 
 
+def test_rotation_leaves_folders_and_files_of_like_names(tiny_pipeline_dir, tmp_path):
+    run = Run(tiny_pipeline_dir, tmp_path, checkpoints_total_limit=1)
+    (tmp_path / "checkpoint-best.partial").mkdir()
+    (tmp_path / "checkpoint-best.partial" / "mine.txt").write_text("mine")
+    (tmp_path / "checkpoint-9.partial").write_text("a file")
+    (tmp_path / "checkpoint-2.partial").mkdir()  # of a run that was killed
+    (tmp_path / "checkpoint-2.partial" / "training_state.pt").write_text("half")
+    run.save(4)
+    assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-best.partial", "checkpoint-9.partial"}
+    assert (tmp_path / "checkpoint-best.partial" / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "checkpoint-2.partial").exists()
+
+
 def test_rotation_keeps_three_by_default(tiny_pipeline_dir, output_dir):
     script_flags = ["--pretrained_model_name_or_path", "model", "--reward", "clip"]
     limit = train_pso_online.parse_args(script_flags).checkpoints_total_limit
@@ -418,14 +454,15 @@ def test_the_checkpoint_just_written_stays_and_is_the_latest_even_if_an_older_ru
     assert names(output_dir) == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_lora_that_is_not_finite_is_no_checkpoint_and_the_latest_one_is_named(
-    tiny_pipeline_dir, output_dir, tmp_path
+    tiny_pipeline_dir, output_dir, tmp_path, value
 ):
     run = Run(tiny_pipeline_dir, output_dir)
     run.family.save_lora(output_dir)
     before = {path: path.read_bytes() for path in output_dir.glob("*.safetensors")}
     with torch.no_grad():
-        run.parameters[3].view(-1)[5] = float("nan")
+        run.parameters[3].view(-1)[5] = value
     with pytest.raises(UserError, match="the LoRA is not finite.*the latest checkpoint is checkpoint-4") as error:
         run.save(6)
     assert "\n" not in str(error.value) and find_checkpoint(output_dir, "latest").name == "checkpoint-4"
@@ -467,6 +504,14 @@ def test_checkpoints_are_due_every_tenth_of_the_run_and_at_most_500_steps(tmp_pa
             due.append(state.global_step)
     assert due == [interval, 2 * interval]
     assert Checkpoints(*parts, args=flags(tmp_path, checkpointing_steps=7), max_train_steps=99).interval == 7
+
+
+@pytest.mark.parametrize(
+    "script, required", [(train_pso_online, ["--reward", "clip"]), (train_pso_lora_sdxl, ["--task", "preference"])]
+)
+def test_checkpoints_are_due_after_half_an_hour_by_default(script, required):
+    args = script.parse_args(["--pretrained_model_name_or_path", "model", *required])
+    assert args.checkpointing_minutes == 30 and args.checkpointing_steps is None
 
 
 def test_checkpoints_are_due_by_the_clock_since_the_last_one(tiny_pipeline_dir, tmp_path, monkeypatch):
@@ -526,6 +571,8 @@ def test_the_length_may_differ_where_the_learning_rate_does_not_depend_on_it(tmp
     ]
     with pytest.raises(UserError, match="--max_train_steps 5"):
         change(online(tmp_path, max_train_steps=5, lr_scheduler="cosine"), tmp_path, max_train_steps=9)
+    args = online(tmp_path, lr_scheduler="constant_with_warmup", num_train_epochs=2)
+    assert len(change(args, tmp_path, num_train_epochs=3)) == 1
 
 
 def test_what_changes_no_update_may_differ_and_is_listed(tmp_path):
@@ -541,6 +588,31 @@ def test_what_changes_no_update_may_differ_and_is_listed(tmp_path):
         "--validation_num_inference_steps",
     ]
     assert "another" not in json.dumps(recorded_flags(SimpleNamespace(**vars(args) | changes)))
+
+
+MAY_DIFFER = {
+    "checkpointing_steps": 7,
+    "checkpointing_minutes": 5.0,
+    "checkpoints_total_limit": 9,
+    "validation_steps": 7,
+    "validation_prompts": ["a cat"],
+    "num_validation_images": 1,
+    "report_to": "wandb",
+    "logging_dir": "curves",
+    "push_to_hub": True,
+    "hub_model_id": "me/mine",
+    "hub_public": True,
+    "dataloader_num_workers": 3,
+    "offload": True,
+    "vae_batch_size": 4,
+    "reward_batch_size": 4,
+}
+
+
+@pytest.mark.parametrize("name", MAY_DIFFER)
+def test_intervals_validation_trackers_hub_workers_offload_and_batch_sizes_may_differ(tmp_path, name):
+    (line,) = change(online(tmp_path), tmp_path, **{name: MAY_DIFFER[name]})
+    assert line.startswith(f"--{name}: {MAY_DIFFER[name]} now, ")
 
 
 @pytest.mark.parametrize("task", ["preference", "style", "concept"])
