@@ -36,6 +36,7 @@ from pso_utils.run.accelerator import NothingToDo, at_end, mixed_precision, on_m
 from pso_utils.run.interruption import Interrupted, signals
 from pso_utils.run.optimizer import initialize_grad_scaler
 from pso_utils.run.resumption import changed_flags, finished_length, is_longer, recorded_flags
+from pso_utils.sources import weight_shapes
 
 
 logger = logging.getLogger(__name__)  # not accelerate's, which is of no use before there is an accelerator
@@ -489,8 +490,9 @@ def find_checkpoint(output_dir, resume_from_checkpoint: str | None) -> Path | No
         for path in sorted(checkpoints, key=lambda path: (_counter(path) or math.inf, _step(path)), reverse=True):
             damage = _damage(path)
             if damage is None:
-                try:
-                    read_state(path)  # whoever plants a state may write a manifest to it
+                try:  # whoever plants a file may write a manifest to it
+                    read_state(path)
+                    weight_shapes(str(path / LORA_WEIGHT_NAME_SAFE))
                     return path
                 except UserError as error:
                     damage = str(error)

@@ -314,11 +314,12 @@ def test_a_planted_pickle_of_another_name_is_not_read(tiny_pipeline_dir, output_
     assert not (output_dir / "planted").exists()
 
 
-def test_a_planted_pickle_in_place_of_the_lora_is_one_line(tiny_pipeline_dir, output_dir):
+def test_a_planted_pickle_in_place_of_the_lora_is_passed_over_or_one_line(tiny_pipeline_dir, output_dir, caplog):
     plant(output_dir / "checkpoint-4", "pytorch_lora_weights.safetensors")
+    assert find_checkpoint(output_dir, "latest").name == "checkpoint-2" and "passed over" in caplog.text
     run = Run(tiny_pipeline_dir, output_dir)
     with pytest.raises(UserError, match="holds no LoRA of this project") as error:
-        run.checkpoints.load(find_checkpoint(output_dir, "latest"))
+        run.checkpoints.load(find_checkpoint(output_dir, "checkpoint-4"))
     assert "\n" not in str(error.value) and not (output_dir / "planted").exists()
 
 
