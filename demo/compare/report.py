@@ -147,7 +147,9 @@ def report_task(args, task_name: str, names: list[str]) -> list[str]:
     curves = {name: read_curves(args, name) for name in names}
     rates = {name: chosen_rate(args, name) for name in names}
     chosen = {name: [c for (rate, _), c in curves[name].items() if rate == rates[name]] for name in names}
-    untuned_points = {model: task.summarize(measures, **untuned) for model, measures in untuned.items()}
+    untuned_points = {
+        model: {"images": 0.0, **task.summarize(measures, **untuned)} for model, measures in untuned.items()
+    }
     text = [f"### {task_name.capitalize()}", "\n".join(f"- *{name}*: {ROWS[name].about}" for name in names), task.about]
     if task_name == "preference":
         text += ["The distillation gap:", gap_table(**untuned)]
@@ -190,7 +192,7 @@ def insert(text: str, source: Path, readme: Path):
     _, _, after = rest.partition(END)
     folder = readme.parent / "comparison"
     folder.mkdir(exist_ok=True)
-    for name in re.findall(r"\]\((\w+\.png)\)", text):
+    for name in re.findall(r"\]\(([\w-]+\.png)\)", text):
         shutil.copyfile(source / name, folder / name)
         text = text.replace(f"]({name})", f"]({folder.name}/{name})")
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
