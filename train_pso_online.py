@@ -490,6 +490,9 @@ def run(args):
 
     if args.use_ema:
         on_main_process(accelerator, lambda: family.save_lora(Path(args.output_dir, "not_averaged")))
+    average.take_over()
+    save_lora(args, accelerator, family, info=info, deployment=deployment)
+    validate(state)
     names = ["reward_combination", "samples_per_prompt", "learning_rate", "rank", "seed"]
     settings = {
         "method": "online PSO",
@@ -502,10 +505,7 @@ def run(args):
         **({"average": "exponential moving"} if args.use_ema else {}),
         **models.card_settings(args, schedule),
     }
-    with average.applied():
-        save_lora(args, accelerator, family, info=info, deployment=deployment)
-        validate(state)
-        save_card_and_pictures(args, accelerator, validate, state, info=info, settings=settings, repo_id=repo_id)
+    save_card_and_pictures(args, accelerator, validate, state, info=info, settings=settings, repo_id=repo_id)
 
 
 def main(argv=None):

@@ -70,7 +70,8 @@ def assert_nearly_same_run(folder: Path, other: Path):
 
 def without_result(folder: Path) -> Path:
     """For a new run in the folder of another one."""
-    (folder / "pytorch_lora_weights.safetensors").unlink()
+    for name in ("pytorch_lora_weights.safetensors", f"{folder.name}.safetensors"):
+        (folder / name).unlink()
     return folder
 
 

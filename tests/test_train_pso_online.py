@@ -45,7 +45,7 @@ import train_pso_online
 from pso_utils.errors import UserError
 from pso_utils.families import Family
 from pso_utils.rewards import Rewards
-from pso_utils.run import hub, models
+from pso_utils.run import hub, models, result
 from pso_utils.run.accelerator import check_launcher
 from tests.conftest import build_pipeline
 
@@ -1095,6 +1095,41 @@ def test_the_result_with_ema_is_the_average_of_the_steps_also_resumed(flags, tmp
     resumed = run(flags(output_dir=tmp_path / "resumed", resume_from_checkpoint="latest", **changes))
     assert_same_weights(whole, resumed)
     assert_same_weights(whole / "not_averaged", resumed / "not_averaged")
+
+
+def test_an_upload_that_fails_leaves_the_average_as_the_result(flags, repository, tmp_path, monkeypatch):
+    """The run ends with an error then, which also saves a LoRA."""
+    changes = {"use_ema": True, "push_to_hub": True, "hub_model_id": "panda"}
+    whole = run(flags(output_dir=tmp_path / "whole", **changes))
+
+    def fail(*args, **values):
+        raise RuntimeError("connection lost")
+
+    monkeypatch.setattr(hub, "create_commit", fail)
+    with pytest.raises(SystemExit):
+        run(flags(output_dir=tmp_path / "failed", **changes))
+    assert_same_weights(whole, tmp_path / "failed")
+    assert any(not torch.equal(value, weights(whole / "not_averaged")[key]) for key, value in weights(whole).items())
+
+
+def test_a_file_for_other_tools_that_cannot_be_written_is_a_warning(flags, tmp_path, caplog, monkeypatch):
+    def fail(*args, **values):
+        raise UserError("no room")
+
+    monkeypatch.setattr(result, "export_run", fail)
+    folder = run(flags(max_train_steps=2))
+    assert weights(folder) and (folder / "finished.json").exists() and not (folder / "out.safetensors").exists()
+    assert "there is no LoRA for other tools: no room; python -m pso_utils.convert makes it up" in caplog.text
+
+
+@pytest.mark.parametrize("resume", [None, "latest"])
+def test_a_users_file_is_not_written_over_by_the_lora_for_other_tools(flags, tmp_path, capsys, resume):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "out.safetensors").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(flags(resume_from_checkpoint=resume))
+    assert "has a file out.safetensors, which the run would write over: move it" in error_line(capsys.readouterr().err)
+    assert (tmp_path / "out" / "out.safetensors").read_text() == "mine"
 
 
 @pytest.mark.parametrize("changes", [{"offload": True}, {"mixed_precision": "bf16"}], ids=str)

@@ -2,13 +2,14 @@
 losers, a list of pairs. Each is read as records of paths; no image is opened."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pso_utils.data.images import regular_file
 from pso_utils.data.readers import check_caption, check_folder, image_files, images_of_folder, parse_json
-from pso_utils.errors import UserError
+from pso_utils.errors import UserError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -26,20 +27,30 @@ class Example(NamedTuple):
     reference: str | None = None
 
 
-def read_caption(image: Path) -> str | None:
-    """The text file's beside the image, in one line; None where there is none, or an empty one.
+def read_text(path: Path, folder: Path) -> str:
+    """The text of a file that stays in the `folder`, links followed: captions are shown, and may be uploaded.
 
     Raises:
-        UserError: it is not UTF-8.
+        FileNotFoundError: there is none.
+        UserError: it leads elsewhere, is no regular file, cannot be read, or is not UTF-8.
     """
-    path = image.with_suffix(CAPTION_SUFFIX)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return regular_file(path, [folder]).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return None
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    return " ".join(text.split()) or None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): mend that, then go on") from error
+
+
+def read_caption(image: Path, folder: Path) -> str | None:
+    """The text file's beside the image, in one line; None where there is none, or an empty one. Errors as of
+    `read_text`."""
+    try:
+        return " ".join(read_text(image.with_suffix(CAPTION_SUFFIX), folder).split()) or None
+    except FileNotFoundError:
+        return None
 
 
 def captioned_images(folder: Path, name: str, *, caption: str | None, is_flat: bool = False) -> list[Example]:
@@ -54,18 +65,20 @@ def captioned_images(folder: Path, name: str, *, caption: str | None, is_flat: b
     texts = sorted(folder.glob(f"*{CAPTION_SUFFIX}") if is_flat else folder.rglob(f"*{CAPTION_SUFFIX}"))
     texts = [text for text in texts if text.with_suffix("") not in named]
     _warn_left_out(texts, folder, name, "captions without an image of their name", "rename or remove them")
-    examples, without = [], []
-    for image in images:
-        own = read_caption(image) or caption
-        if own is None:
-            without.append(image)
-        else:
-            examples.append(Example(str(image), own))
-    remedy = f"write {without[0].stem}{CAPTION_SUFFIX}, or pass --instance_prompt for all of them" if without else ""
-    if not examples:
-        raise UserError(f"{name} has {len(images)} images and no captions: {remedy}")
-    _warn_left_out(without, folder, name, "images without a caption", remedy)
-    return examples
+    captions = _captions(images, folder, name, default=caption)
+    return [Example(str(image), text) for image, text in captions.items()]
+
+
+def _captions(images: Sequence[Path], folder: Path, name: str, *, default: str | None) -> dict[Path, str]:
+    """The images that have a caption, with it; a `UserError` where none has."""
+    captions = {image: read_caption(image, folder) or default for image in images}
+    without = [image for image, text in captions.items() if text is None]
+    if without:
+        remedy = f"write {without[0].stem}{CAPTION_SUFFIX} beside it, or pass --instance_prompt for all of them"
+        if len(without) == len(images):
+            raise UserError(f"{name} has {len(images)} images and no captions, as of {without[0].name}: {remedy}")
+        _warn_left_out(without, folder, name, "images without a caption", remedy)
+    return {image: text for image, text in captions.items() if text is not None}
 
 
 def pair_folders(folder: Path, name: str) -> tuple[Path, Path] | None:
@@ -110,26 +123,19 @@ def paired_images(folder: Path, name: str, *, caption: str | None) -> list[Examp
         [*(winners[key] for key in winners.keys() - losers), *(losers[key] for key in losers.keys() - winners)]
     )
     _warn_left_out(alone, folder, name, "images without a partner of their name", "rename or remove them")
-    examples, without = [], []
-    for key in common:
-        own = read_caption(winners[key]) or caption
-        if own is None:
-            without.append(winners[key])
-        else:
-            examples.append(Example(str(winners[key]), own, str(losers[key])))
-    remedy = f"write {without[0].stem}{CAPTION_SUFFIX} beside it, or pass --instance_prompt for all" if without else ""
-    if not examples:
-        raise UserError(f"{name} has {len(common)} pairs and no captions: {remedy}")
-    _warn_left_out(without, folder, name, "winners without a caption", remedy)
-    return examples
+    captions = _captions([winners[key] for key in common], folder, name, default=caption)
+    return [
+        Example(str(winners[key]), captions[winners[key]], str(losers[key]))
+        for key in common
+        if winners[key] in captions
+    ]
 
 
 def _images(folder: Path) -> list[Path]:
     images = [Path(file) for file in image_files(folder.rglob("*"))]
-    names = [_name_in(folder, image) for image in images]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"{folder} has two images called {sorted(twice)[0]}: keep one of them")
+    name, count = Counter(_name_in(folder, image) for image in images).most_common(1)[0] if images else ("", 0)
+    if count > 1:
+        raise UserError(f"{folder} has {count} images called {name}: keep one of them")
     return images
 
 
@@ -139,12 +145,9 @@ def _name_in(folder: Path, image: Path) -> str:
 
 def _listed_pairs(path: Path) -> list[Example]:
     """Of a JSONL file with `winner`, `loser` and `caption`; the paths start in its folder, and stay there."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would split a string at U+2028
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     examples = []
-    for number, line in enumerate(lines, start=1):
+    # splitlines would split a string at U+2028
+    for number, line in enumerate(read_text(path, path.parent).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -170,7 +173,7 @@ def read_prompt_files(folder: Path, name: str) -> list[str]:
     files = sorted(path for path in folder.rglob(f"*{CAPTION_SUFFIX}") if path.is_file())
     if not files:
         raise UserError(f"{name} has no {CAPTION_SUFFIX} files in it; pass a folder of captions, or a file of prompts")
-    return [caption for path in files if (caption := read_caption(path)) is not None]
+    return [caption for path in files if (caption := read_caption(path, folder)) is not None]
 
 
 def _warn_left_out(paths: Sequence[Path], folder: Path, name: str, what: str, remedy: str):

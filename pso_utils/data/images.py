@@ -12,7 +12,7 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pso_utils.errors import UserError, first_line
@@ -74,15 +74,11 @@ def decode_image(image, folders: Sequence[Path] | None = None) -> Image.Image:
 
 
 def image_size(path: str, folders: Sequence[Path]) -> tuple[int, int]:
-    """(height, width) of a file's image when it is upright, by its header alone; errors as of `decode_image`."""
+    """The sides of a file's image as they are stored, by its header alone; errors as of `decode_image`."""
     with _unreadable_files(path), regular_file(path, folders).open("rb") as file, _broken_images(f"{path}: "):
         image = Image.open(file, formats=FORMATS)
         check_size(image)
-        try:
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        except Exception:  # damaged metadata, as in `upright`
-            is_turned = False
-        return image.size if is_turned else image.size[::-1]
+        return image.size
 
 
 def check_size(image: Image.Image):

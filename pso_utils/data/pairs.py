@@ -46,12 +46,10 @@ class Record(NamedTuple):
 
     @property
     def files(self) -> list[str]:
-        """The paths of its images, the target's first; of those that are stored as bytes there are none."""
-        images = [
-            image["path"] if isinstance(image, dict) and image.get("bytes") is None else image
-            for image in (self.target, self.reference)
-        ]
-        return [image for image in images if isinstance(image, str)]
+        """Those of its images that are files, the target's first, and not stored as bytes or named by a URL."""
+        images = [self.target, self.reference]
+        images = [image["path"] if isinstance(image, dict) and not image["bytes"] else image for image in images]
+        return [image for image in images if isinstance(image, str) and "://" not in image]
 
 
 @dataclass(frozen=True)
@@ -376,13 +374,11 @@ def folder_table(examples: Sequence[Example], name: str, folder: Path, max_recor
 
 def check_images(source: Table, *, skip_broken_images: bool) -> list[tuple[int, int]]:
     """Reads the header of each image that is a file: a broken one is an error before a model is loaded, or with
-    `skip_broken_images` counted in a warning. Returns the targets' sizes (height, width), of those that are sound."""
+    `skip_broken_images` counted in a warning. Returns the sides of the targets, of records that are not broken."""
     sizes, broken = [], []
     for index in range(len(source)):
-        record = source.record(index)
         try:
-            size, *_ = [image_size(image, source.folders) for image in record.files]
-            sizes.append(size)
+            sizes += [image_size(image, source.folders) for image in source.record(index).files][:1]
         except BrokenImage as error:
             broken.append(str(error))
             if not skip_broken_images:

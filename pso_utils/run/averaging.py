@@ -31,6 +31,11 @@ class Average:
             self.model.step(self.parameters)
             self.state.average = self.model.state_dict()
 
+    def take_over(self):
+        """The run is over: the LoRA is the average from now on, whatever saves it."""
+        if self.model is not None:
+            self.model.copy_to(self.parameters)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this the LoRA is the average."""

@@ -32,6 +32,7 @@ from pso_utils.errors import UserError, first_line
 from pso_utils.families import Family
 from pso_utils.families.loading import ModelInfo
 from pso_utils.families.lora import checksum, load_lora
+from pso_utils.families.lora_export import export_name
 from pso_utils.run.accelerator import NothingToDo, at_end, mixed_precision, on_main_process
 from pso_utils.run.interruption import Interrupted, signals
 from pso_utils.run.optimizer import initialize_grad_scaler
@@ -469,6 +470,15 @@ def checkpoint_to_resume(args: argparse.Namespace, info: ModelInfo, lora_targets
         raise UserError(
             f"--output_dir {args.output_dir} has an earlier run's LoRA or checkpoints: pass another one, delete these,"
             " or go on with that run by --resume_from_checkpoint latest"
+        )
+    elif (
+        checkpoint is None
+        and not has_result
+        and (export := Path(args.output_dir, export_name(args.output_dir))).exists()
+    ):
+        raise UserError(
+            f"--output_dir {args.output_dir} has a file {export.name}, which the run would write over: move it, or pass"
+            " another --output_dir"
         )
     return checkpoint
 

@@ -30,7 +30,11 @@ def save_lora(
 
     def write():
         family.save_lora(args.output_dir)
-        path = export_run(args, info, deployment)
+        try:
+            path = export_run(args, info, deployment)
+        except UserError as error:  # what it is made of is saved
+            logger.warning(f"there is no LoRA for other tools: {error}; python -m pso_utils.convert makes it up")
+            return
         if path is None:
             name = family.pipeline_class.__name__
             logger.info(f"no tool but diffusers is known to read a LoRA of a {name}: there is none for others")

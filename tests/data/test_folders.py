@@ -1,6 +1,7 @@
 """The layouts of folders that people keep their images in, and what is told where one is nearly right."""
 
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_winners_and_losers_of_one_name_are_pairs(tmp_path, caplog, winner, lose
     assert all(f"/{winner}/" in pair.target and f"/{loser}/" in pair.reference for pair in pairs)
     alone = ", ".join(sorted([f"{loser}/4.png", f"{winner}/3.png"]))
     assert f"2 images without a partner of their name ({alone})" in caplog.text
-    assert f"1 winners without a caption ({winner}/5.png)" in caplog.text and "write 5.txt beside it" in caplog.text
+    assert f"1 images without a caption ({winner}/5.png)" in caplog.text and "write 5.txt beside it" in caplog.text
     assert [pair.caption for pair in paired_images(folder, "f", caption="ink")] == ["a fox", "ink", "an owl"]
 
 
@@ -94,8 +95,11 @@ def test_prompts_are_the_texts_of_a_folder(tmp_path):
 
 NEAR_MISSES = {
     "a .txt alone": ({"fox.txt": "a fox"}, "no images in it"),
-    "no caption": ({"a.png": SIZE, "b.png": SIZE}, "2 images and no captions: write a.txt"),
-    "names that do not match": ({"a.png": SIZE, "b.txt": "a fox"}, "1 images and no captions: write a.txt"),
+    "no caption": ({"a.png": SIZE, "b.png": SIZE}, "2 images and no captions, as of a.png: write a.txt beside it"),
+    "names that do not match": (
+        {"a.png": SIZE, "b.txt": "a fox"},
+        "1 images and no captions, as of a.png: write a.txt",
+    ),
     "Latin-1": ({"a.png": SIZE, "a.txt": "Vögel".encode("latin-1")}, "a.txt is not UTF-8 text: save it as UTF-8"),
 }
 
@@ -113,8 +117,8 @@ PAIR_MISSES = {
     "losers alone": ({"l/a.png": SIZE}, "has a folder l and no w"),
     "neither": ({"a.png": SIZE}, "has no pairs: pass a folder with winner/ and loser/"),
     "names that do not match": ({"w/a.png": SIZE, "l/b.png": SIZE}, "1 winners and 1 losers, and no two of one name"),
-    "two of one name": ({"w/a.png": SIZE, "w/a.jpg": SIZE, "l/a.png": SIZE}, "has two images called a"),
-    "no caption": ({"w/a.png": SIZE, "l/a.png": SIZE}, "1 pairs and no captions: write a.txt beside it"),
+    "two of one name": ({"w/a.png": SIZE, "w/a.jpg": SIZE, "l/a.png": SIZE}, "has 2 images called a"),
+    "no caption": ({"w/a.png": SIZE, "l/a.png": SIZE}, "1 images and no captions, as of a.png: write a.txt beside it"),
     "Latin-1": ({"w/a.png": SIZE, "l/a.png": SIZE, "w/a.txt": b"V\xf6gel"}, "a.txt is not UTF-8 text"),
     "an empty list": ({"pairs.jsonl": "\n"}, "pairs.jsonl has no pairs in it"),
     "a list in Latin-1": ({"pairs.jsonl": b"V\xf6gel"}, "pairs.jsonl is not UTF-8 text"),
@@ -142,16 +146,29 @@ def test_every_image_is_opened_and_a_broken_one_named(tmp_path, caplog):
     source = load_pair_folder(str(folder), flag="--train_data_dir")
     with rejects("l/2.png: not an image that Pillow reads", "mend or remove it, or pass --skip_broken_images"):
         check_images(source, skip_broken_images=False)
-    assert check_images(source, skip_broken_images=True) == [(6, 8)]
+    assert check_images(source, skip_broken_images=True) == [(8, 6)]
     assert "has 1 broken images, which are left out" in caplog.text
 
 
-def test_a_huge_image_is_refused_by_its_header_and_a_turned_one_has_its_upright_size(tmp_path):
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=turned)
-    source = load_image_folder(str(tmp_path), flag="--instance_data_dir", caption="a fox", is_flat=True)
-    assert check_images(source, skip_broken_images=False) == [(8, 6)]
+@pytest.mark.parametrize("content", ["a link", "a FIFO", "a folder"])
+def test_a_caption_stays_in_its_folder_and_is_a_regular_file(tmp_path, content):
+    """It is shown in pictures and in the card, which --push_to_hub uploads."""
+    folder = write(tmp_path / "images", {"a.png": SIZE, "b.png": SIZE, "b.txt": "an owl"})
+    (tmp_path / "id_rsa").write_text("secret")
+    if content == "a link":
+        (folder / "a.txt").symlink_to(tmp_path / "id_rsa")
+    elif content == "a FIFO":
+        os.mkfifo(folder / "a.txt")
+    else:
+        (folder / "a.txt").mkdir()
+    with rejects("a.txt"):
+        captioned_images(folder, "--train_data_dir f", caption=None)
+    if content == "a link":
+        with rejects("a.txt leads out of"):
+            read_prompt_files(folder, "--prompts f")
+
+
+def test_a_huge_image_is_refused_by_its_header(tmp_path):
     Image.new("1", (12_000, 12_000)).save(tmp_path / "b.png")
     source = load_image_folder(str(tmp_path), flag="--instance_data_dir", caption="a fox", is_flat=True)
     with rejects("b.png: 12000 x 12000 pixels are more than"):

@@ -353,7 +353,7 @@ def test_a_stream_that_breaks_off_names_its_shard(load, tmp_path):
 
 
 def test_image_folders_without_captions_or_images_are_a_clear_error(tmp_path):
-    with rejects("bare has 3 images and no captions: write a.txt, or pass --instance_prompt for all of them"):
+    with rejects("bare has 3 images and no captions, as of a.png: write a.txt beside it, or pass --instance_prompt"):
         train_images(str(write_image_folder(tmp_path / "bare", metadata=None)))
     with rejects("--train_data_dir .*nowhere is not a folder"):
         train_images(str(tmp_path / "nowhere"))
