@@ -137,14 +137,14 @@ def run(args):
                 else:
                     step_index = (pairs.uniform * len(weights)).long()
                     weight = weights[step_index]
-                    with torch.no_grad():
-                        with parameters_of(parameters, old_parameters):
-                            old = predict(pairs, step_index)
-                        with family.without_lora():
-                            base = predict(pairs, step_index)
+                    with torch.no_grad(), parameters_of(parameters, old_parameters):
+                        old = predict(pairs, step_index)
                     predicted = predict(pairs, step_index)
                     loss = nft_loss(group, predicted, old, factor, weight, beta=args.beta)
-                    loss = loss + args.base_anchor * denoising_error(base, predicted, weight).mean(dim=0)
+                    if args.base_anchor:
+                        with torch.no_grad(), family.without_lora():
+                            base = predict(pairs, step_index)
+                        loss = loss + args.base_anchor * denoising_error(base, predicted, weight).mean(dim=0)
                 accelerator.backward(loss.sum() / count)
             optimizer_step(accelerator, optimizer, lr_scheduler, parameters, max_grad_norm=args.max_grad_norm)
             step += 1

@@ -185,10 +185,10 @@ MDP = f"{DENOISING} --weighting mdp"
 RIVALS = "-m demo.compare.online_rivals"
 FORMS = {
     "transition": Form("PSO by transitions, as in the paper", ("2.7e-3", "1.8e-3", "4e-3"), 1, TRANSITION),
-    "x0": Form("PSO by denoising errors, weighted by x0", ("2e-3", "1e-3", "4e-3"), 3, DENOISING),
+    "x0": Form("PSO by denoising errors, weighted by x0", ("2e-3", "1.5e-3", "1e-3"), 3, DENOISING),
     "mdp": Form(
         "the same, weighted by mdp: all levels but the last",
-        ("2e-3", "1e-3", "4e-3"),
+        ("2e-3", "1.5e-3", "1e-3"),
         3,
         MDP,
     ),

@@ -73,6 +73,9 @@ def _captions(images: Sequence[Path], folder: Path, name: str, *, default: str |
     """The images that have a caption, with it; a `UserError` where none has."""
     captions = {image: read_caption(image, folder) or default for image in images}
     without = [image for image, text in captions.items() if text is None]
+    num_own = sum(text != default for text in captions.values())
+    if default is not None and num_own:
+        logger.warning(f"{name}: {num_own} of {len(images)} images have a caption of their own, not --instance_prompt")
     if without:
         remedy = f"write {without[0].stem}{CAPTION_SUFFIX} beside it, or pass --instance_prompt for all of them"
         if len(without) == len(images):

@@ -183,3 +183,13 @@ def test_another_size_or_time_of_a_file_is_another_fingerprint(tmp_path):
     write(folder, {"w/1.txt": "an owl"})
     fingerprints.append(load_pair_folder(str(folder), flag="f").fingerprint)
     assert fingerprints[0] == fingerprints[1] and len(set(fingerprints)) == 3
+
+
+def test_captions_that_stand_in_for_the_instance_prompt_are_counted(tmp_path, caplog):
+    folder = write(tmp_path, {"a.png": SIZE, "b.png": SIZE, "b.txt": "sks dog, asleep"})
+    captioned_images(folder, "--instance_data_dir f", caption="sks dog", is_flat=True)
+    assert "--instance_data_dir f: 1 of 2 images have a caption of their own, not --instance_prompt" in caplog.text
+    caplog.clear()
+    (folder / "b.txt").unlink()
+    captioned_images(folder, "--instance_data_dir f", caption="sks dog", is_flat=True)
+    assert not caplog.records
